@@ -1,0 +1,99 @@
+"""One frozen base, many adapters, one forward path.
+
+    base = manylora.load_base("folder-or-id")
+    bank = manylora.Bank(base, num_slots=2)
+    bank.put(manylora.Adapter.load("folder"), slot=0)
+    with bank.route([0, 0, -1]):                       # one slot for each row of the batch; -1 is the bare base
+        logits = base.model(input_ids=tokens).logits
+
+torch and transformers are imported when a name below is first used, not before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from manylora.adapters.adapter import Adapter
+    from manylora.adapters.bank import Bank
+    from manylora.base.frozen import FrozenModel
+    from manylora.base.load import load_base
+    from manylora.config import Config, load_config
+    from manylora.errors import ManyloraError, UserError
+    from manylora.generation.decode import Generation, generate
+    from manylora.spec import AdapterSpec
+    from manylora.training.run import Result
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterSpec",
+    "Bank",
+    "Config",
+    "FrozenModel",
+    "Generation",
+    "ManyloraError",
+    "Result",
+    "UserError",
+    "__version__",
+    "generate",
+    "load_base",
+    "load_config",
+    "train",
+]
+
+_HOMES = {
+    "Adapter": "manylora.adapters.adapter",
+    "AdapterSpec": "manylora.spec",
+    "Bank": "manylora.adapters.bank",
+    "Config": "manylora.config",
+    "FrozenModel": "manylora.base.frozen",
+    "Generation": "manylora.generation.decode",
+    "ManyloraError": "manylora.errors",
+    "Result": "manylora.training.run",
+    "UserError": "manylora.errors",
+    "generate": "manylora.generation.decode",
+    "load_base": "manylora.base.load",
+    "load_config": "manylora.config",
+}
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | Config,
+    *,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    resume: bool = False,
+) -> Result:
+    """The run folder and summary of one trained adapter.
+
+    `config` is a YAML file, a mapping of the same keys, or a `Config`; `overrides` are laid over it as `{"a.b": value}` or
+    `["a.b=value"]`. `resume` goes on from the last checkpoint of the output folder.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the base; the message says what to change.
+    """
+    from manylora.config import Config, load_config
+    from manylora.training.run import train as run_training
+
+    if isinstance(config, Config):
+        made = load_config(config.to_dict(), overrides) if overrides else config
+    else:
+        made = load_config(config, overrides)
+    return run_training(made, resume=resume)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'manylora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,125 @@
+"""An adapter as a value: what it is, its factors by site, and the base it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manylora.adapters.peft_config import task_type_of
+from manylora.base.sites import match_sites
+from manylora.errors import SpecError
+from manylora.methods import METHODS
+from manylora.ops.dropout import mix, site_key
+from manylora.spec import AdapterSpec
+from manylora.types import Factors, Site, SiteKind
+
+if TYPE_CHECKING:
+    from manylora.base.frozen import FrozenModel
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A spec whose sites are spelled out, factors by site name, the fingerprint of the base (None: unknown)."""
+
+    spec: AdapterSpec
+    factors: Mapping[str, Factors]
+    base_name: str = ""
+    base_fingerprint: str | None = None
+    receipt: Mapping[str, Any] = field(default_factory=dict)
+    capped: Mapping[str, int] = field(default_factory=dict)
+    """Sites whose own size held the rank below what was asked, and the rank they got."""
+    kinds: Mapping[str, SiteKind] = field(default_factory=dict)
+    """Low-rank sites that are no plain linear map, and what they are."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Names in `spec.full_sites` without factors of their own, and the site whose copy they share."""
+    task_type: str | None = None
+    """PEFT's word for what the base computes, None: not said."""
+
+    @classmethod
+    def new(cls, base: FrozenModel, spec: AdapterSpec, *, seed: int = 0) -> Adapter:
+        """A fresh adapter on a base; its factors are a pure function of (seed, site).
+
+        A rank above what some sites allow is capped there with the scale kept.
+
+        Raises:
+            SiteNotFound: a pattern matches nothing. SpecError: the rank is above what every site allows.
+        """
+        method = METHODS.get(spec.method)
+        full = {site.name: site for site in _full_sites(base, spec)}
+        if not spec.sites and full:
+            picked: list[Site] = []
+        else:
+            picked = match_sites(base.sites, spec.sites, exclude=spec.exclude, layers=spec.layers, kinds=method.kinds)
+        if method.replaces:
+            full |= {site.name: site for site in picked}
+            picked = []
+        picked = [site for site in picked if site.name not in full]
+        capped, resolved = _cap(picked, spec)
+        factors = {}
+        for site in picked:
+            generator = torch.Generator().manual_seed(mix(seed, site_key(site.name)) >> 1)
+            factors[site.name] = method.init(site, resolved.rank_at(site.name), resolved, generator)
+        for name, site in full.items():
+            if site.tied_to in full:
+                continue  # tied weights that are both copied share the copy of the first
+            generator = torch.Generator().manual_seed(mix(seed, site_key(name)) >> 1)
+            factors[name] = METHODS.get("full").init(site, 0, resolved, generator)
+        resolved = replace(
+            resolved, sites=tuple(s.name for s in picked), exclude=(), layers=None, full_sites=tuple(full)
+        )
+        return cls(
+            resolved,
+            factors,
+            base.name,
+            base.fingerprint,
+            capped=capped,
+            kinds={site.name: site.kind for site in picked if site.kind != "linear"},
+            tied={name: site.tied_to for name, site in full.items() if site.tied_to is not None and site.tied_to in full},
+            task_type=task_type_of(base.model, base.sites, full),
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Adapter:
+        """An adapter from a folder in PEFT's format, written here or by PEFT.
+
+        Raises:
+            AdapterBroken: a file is missing or is not what its name says; a setting that cannot be honoured.
+        """
+        from manylora.adapters.store import load_adapter
+
+        return load_adapter(Path(folder))
+
+    def save(self, folder: str | Path, base: FrozenModel | None = None) -> Path:
+        """Write the folder that PEFT opens; with `base` given, its tokenizer and the receipt's checks too.
+
+        Raises:
+            OutputExists: the folder already holds an adapter.
+        """
+        from manylora.adapters.store import save_adapter
+
+        return save_adapter(self, Path(folder), base)
+
+    def num_parameters(self) -> int:
+        return sum(factors.num_parameters() for factors in self.factors.values())
+
+
+def _full_sites(base: FrozenModel, spec: AdapterSpec) -> list[Site]:
+    return match_sites(base.sites, spec.full_sites) if spec.full_sites else []
+
+
+def _cap(sites: list[Site], spec: AdapterSpec) -> tuple[dict[str, int], AdapterSpec]:
+    limits = {site.name: min(site.out_in) for site in sites}
+    over = {name: limit for name, limit in limits.items() if spec.rank_at(name) > limit}
+    if over and len(over) == len(limits):
+        raise SpecError(
+            f"rank {spec.rank} is above what every one of the {len(limits)} sites allows",
+            allowed=f"1 to {max(limits.values())}",
+            next_step="lower adapter.rank, or train whole copies with adapter.method: full",
+        )
+    for name, limit in over.items():
+        spec = spec.with_rank_at(name, limit)
+    return over, spec

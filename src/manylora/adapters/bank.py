@@ -1,0 +1,360 @@
+"""The bank: many adapters stacked on one base, and the route that names the slot of every row.
+
+There are no modes. Training one adapter, many, the bare base, or a mixture is the same forward under another route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manylora.adapters.adapter import Adapter
+from manylora.adapters.receipt import check_base
+from manylora.base.frozen import FrozenModel
+from manylora.errors import AdapterBroken, BaseMismatch, RouteError, SpecError, nearest_names
+from manylora.methods import METHODS
+from manylora.types import Factors, Segment, Site, Stack, Use
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """The slot of every row of a batch (-1: the bare base), and the stream that seeds each row's dropout.
+
+    `counts` is given where a site sees a selection of items and not whole rows: how many items each row has, in order.
+    """
+
+    slots: tuple[int, ...]
+    streams: tuple[int, ...] | None = None
+    counts: tuple[int, ...] | None = None
+    _uses: dict[tuple[str, int], list] = field(default_factory=dict, repr=False)
+
+    def bounds(self, items: int, site: str) -> list[int]:
+        """Where each row begins among a site's items; one number more than rows."""
+        if self.counts is not None:
+            counts = self.counts
+            if sum(counts) != items:
+                raise RouteError(f"{site!r} sees {items} items and the selection has {sum(counts)}")
+        elif items % len(self.slots):
+            raise RouteError(
+                f"{site!r} sees {items} items, which {len(self.slots)} rows do not divide",
+                next_step="give the route one slot for each row of the batch",
+            )
+        else:
+            counts = (items // len(self.slots),) * len(self.slots)
+        edges = [0]
+        for count in counts:
+            edges.append(edges[-1] + count)
+        return edges
+
+
+class Bank:
+    """Stacked factors for `num_slots` adapters on one base.
+
+    `max_rank` refuses adapters above it (None: any). `dtype` is that of the factors. While a bank is open, every call of
+    the base's model must lie within `route`.
+    """
+
+    def __init__(self, base: FrozenModel, *, num_slots: int = 1, max_rank: int | None = None, dtype: torch.dtype = torch.float32):
+        if num_slots < 1:
+            raise SpecError(f"num_slots is {num_slots}", allowed="at least 1")
+        if base.bank is not None:
+            raise RouteError("this base already carries a bank", next_step="close it first: base.bank.close()")
+        self.base = base
+        self.num_slots = num_slots
+        self.max_rank = max_rank
+        self.dtype = dtype
+        self.route_now: Route | None = None
+        self.stacks: dict[tuple[str, str, int], Stack] = {}
+        self._adapters: dict[int, Adapter] = {}
+        self._by_site: dict[str, list[Stack]] = {}
+        self._version = 0
+        self._proven: set[str] | None = None
+        base.bank = self
+        for site in base.sites.values():
+            site.module.forward = _SiteForward(self, site)
+        if num_slots > 1 and base.example is not None:
+            self.prove()
+
+    def __enter__(self) -> Bank:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the base back as it was."""
+        for site in self.base.sites.values():
+            site.module.__dict__.pop("forward", None)
+        self.base.bank = None
+
+    # -- slots ---------------------------------------------------------------------------------------------------------
+
+    def put(self, adapter: Adapter, *, slot: int) -> None:
+        """Copy an adapter into a slot; what the slot held is dropped.
+
+        Raises:
+            BaseMismatch: the adapter was made for another base, or its sites are not in this one.
+            AdapterBroken: factors of a shape that the site does not have.
+        """
+        self._check_slot(slot)
+        check_base(adapter, self.base)
+        self._check_sites(adapter)
+        self.clear(slot)
+        for name, factors in adapter.factors.items():
+            self._place(self.base.sites[name], factors, adapter, slot)
+        self._adapters[slot] = adapter
+        self._version += 1
+
+    def get(self, slot: int) -> Adapter:
+        """The adapter in a slot with its present factors, on the CPU; padding is left out.
+
+        Raises:
+            RouteError: the slot is empty.
+        """
+        self._check_slot(slot)
+        if slot not in self._adapters:
+            raise RouteError(f"slot {slot} is empty", next_step="bank.put(adapter, slot=...)")
+        factors = {}
+        for stack, place in self.places(slot):
+            tensors = {name: tensor.detach()[place].cpu().clone() for name, tensor in stack.tensors.items()}
+            if stack.method == "lora":
+                rank = stack.ranks[place]
+                tensors = {"a": tensors["a"][:rank].clone(), "b": tensors["b"][:, :rank].clone()}
+            factors[stack.site.name] = Factors(stack.method, tensors)
+        held = self._adapters[slot]
+        return replace(held, factors={name: factors[name] for name in held.factors})
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot; its places are zeroed and may be used again."""
+        self._check_slot(slot)
+        for stack, place in self.places(slot):
+            with torch.no_grad():
+                for tensor in stack.tensors.values():
+                    tensor[place].zero_()
+            stack.slots[place] = -1
+        self._adapters.pop(slot, None)
+        self._version += 1
+
+    def places(self, slot: int) -> list[tuple[Stack, int]]:
+        """The stacks that hold a slot's factors, and its place in each."""
+        return [(stack, place) for stack in self.stacks.values() for place, own in enumerate(stack.slots) if own == slot]
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.num_slots:
+            raise RouteError(f"slot {slot}", allowed=f"0 to {self.num_slots - 1}")
+
+    def _check_sites(self, adapter: Adapter) -> None:
+        known = self.base.sites
+        missing = [name for name in adapter.factors if name not in known]
+        if missing or not adapter.factors:
+            first = missing[0] if missing else "nothing"
+            raise BaseMismatch(
+                f"{len(missing)} of the adapter's {len(adapter.factors)} sites are not in this base, the first is {first!r}",
+                nearest=nearest_names(first, known),
+                next_step="compare `manylora inspect ADAPTER` with `manylora inspect BASE --sites`",
+            )
+        for name, factors in adapter.factors.items():
+            method, site = METHODS.get(factors.method), known[name]
+            if site.kind not in method.kinds:
+                raise BaseMismatch(f"{name!r} is a {type(site.module).__name__}, which {factors.method} cannot adapt")
+            shapes = method.stack_shapes(site, 0)
+            for key, tensor in factors.tensors.items():
+                if key not in shapes:
+                    raise AdapterBroken(f"{name!r} has no tensor {key!r}", allowed=", ".join(shapes))
+                if not _fits(tuple(tensor.shape), shapes[key]):
+                    raise AdapterBroken(
+                        f"{key!r} at {name!r} has shape {tuple(tensor.shape)}",
+                        allowed=" x ".join(str(size) if size else "rank" for size in shapes[key]),
+                        next_step="the adapter belongs to a base of other sizes",
+                    )
+            rank = factors.tensors["a"].shape[0] if factors.method == "lora" else 0
+            if self.max_rank is not None and rank > self.max_rank:
+                raise SpecError(f"rank {rank} at {name!r}", allowed=f"this bank holds ranks up to {self.max_rank}")
+
+    def _place(self, site: Site, factors: Factors, adapter: Adapter, slot: int) -> None:
+        method = METHODS.get(factors.method)
+        shape_class = method.shape_class(site, factors)
+        # Tied weights that are both copied share one copy: the stack then stands at each of their sites.
+        spec = adapter.spec
+        shared = [name for name in spec.full_sites if name not in adapter.factors]
+        tied = [name for name in shared if name in self.base.sites and self.base.sites[name].tied_to == site.name]
+        names = [site.name, *tied] if method.replaces else [site.name]
+        key = ("+".join(names), method.name, shape_class)
+        if key not in self.stacks:
+            self.stacks[key] = Stack(site, method.name, shape_class)
+            for name in names:
+                self._by_site.setdefault(name, []).append(self.stacks[key])
+        stack = self.stacks[key]
+        if -1 in stack.slots:
+            place = stack.slots.index(-1)
+        else:
+            place = len(stack.slots)
+            stack.slots.append(-1)
+            stack.ranks.append(0)
+            stack.scales.append(0.0)
+            stack.dropouts.append(0.0)
+            for name, shape in method.stack_shapes(site, shape_class).items():
+                grown = torch.zeros(place + 1, *shape, dtype=self.dtype, device=self.base.device)
+                if place:
+                    grown[:place] = stack.tensors[name].detach()
+                stack.tensors[name] = grown.requires_grad_()
+        stack.slots[place] = slot
+        stack.scales[place] = spec.scale(site.name) if method.name == "lora" else 1.0
+        stack.ranks[place] = factors.tensors["a"].shape[0] if method.name == "lora" else 0
+        stack.dropouts[place] = 0.0 if method.replaces else spec.dropout
+        with torch.no_grad():
+            for name, value in factors.tensors.items():
+                target = stack.tensors[name][place]
+                target[tuple(slice(0, size) for size in value.shape)] = value.to(target)
+
+    # -- routing -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def route(self, slots: Sequence[int] | Route, streams: Sequence[int] | None = None) -> Iterator[Route]:
+        """Within it, row r of every batch belongs to `slots[r]`; with `streams`, dropout is on and seeded by row.
+
+        Raises:
+            RouteError: a slot that the bank does not have.
+        """
+        route = slots if isinstance(slots, Route) else Route(tuple(slots), None if streams is None else tuple(streams))
+        for slot in set(route.slots):
+            if slot != -1 and slot not in self._adapters:
+                self._check_slot(slot)
+                raise RouteError(f"slot {slot} is empty", next_step="bank.put(adapter, slot=...), or -1 for the bare base")
+        if route.streams is not None and len(route.streams) != len(route.slots):
+            raise RouteError(f"{len(route.streams)} streams for {len(route.slots)} rows")
+        before, self.route_now = self.route_now, route
+        try:
+            yield route
+        finally:
+            self.route_now = before
+
+    def prove(self) -> None:
+        """Show that each site sees the batch's rows one after another: three rows together against each row alone.
+
+        A site that does not (a table of positions shared by all rows, a sequence-first module) may still be adapted
+        where all rows of a batch belong to one slot; a mixed batch that reaches it is an error that names it.
+
+        Raises:
+            RouteError: the base offers no example inputs.
+        """
+        if self.base.example is None:
+            raise RouteError("this base has no example inputs", next_step="FrozenModel(module, example=lambda rows: {...})")
+        inputs = self.base.example(3)
+        together = self._record(inputs)
+        alone = [self._record({key: value[row : row + 1] for key, value in inputs.items()}) for row in range(3)]
+        self._proven = {name for name in together if _rows_lead(together[name], [seen.get(name) for seen in alone])}
+
+    def _record(self, inputs: dict[str, Tensor] | Any) -> dict[str, list[Tensor]]:
+        seen: dict[str, list[Tensor]] = {}
+        handles = [
+            site.module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach()))
+            for name, site in self.base.sites.items()
+        ]
+        try:
+            with torch.no_grad(), self.route((-1,)):
+                self.base.model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def uses(self, site: Site, x: Tensor) -> list[tuple[Any, list[Use]]]:
+        """Which stacks change this site's output for the present route, and where; by method, replacing ones last."""
+        route = self.route_now
+        if route is None:
+            raise RouteError(
+                f"{site.name!r} was run without a route", next_step="with bank.route([slot of each row]): base.model(...)"
+            )
+        stacks = self._by_site.get(site.name)
+        if not stacks:
+            return []
+        key = (site.name, x.numel() * 8 + x.dim() + (self._version << 48))
+        found = route._uses.get(key)
+        if found is None:
+            found = route._uses[key] = self._plan(route, site, stacks, x)
+        return found
+
+    def _plan(self, route: Route, site: Site, stacks: list[Stack], x: Tensor) -> list[tuple[Any, list[Use]]]:
+        by_method: dict[str, list[Use]] = {}
+        mixed = len(set(route.slots)) > 1
+        for stack in stacks:
+            place_of = {slot: place for place, slot in enumerate(stack.slots) if slot != -1}
+            if not any(slot in place_of for slot in route.slots):
+                continue
+            if mixed and route.counts is None and (self._proven is None or site.name not in self._proven):
+                raise RouteError(
+                    f"{site.name!r} has not been shown to see the batch's rows one after another, so slots cannot be mixed there",
+                    next_step="leave the site out, or give FrozenModel an example and call bank.prove()",
+                )
+            items = METHODS.get(stack.method).num_items(site, x)
+            dropout_off = route.streams is None or not any(stack.dropouts)
+            if not mixed and dropout_off:
+                segments = [Segment(place_of[route.slots[0]], 0, items, ((0, items, None),))]
+            else:
+                segments = _segments(route, route.bounds(items, site.name), place_of)
+            if not segments:
+                continue
+            covered = sum(segment.stop - segment.start for segment in segments) == items
+            by_method.setdefault(stack.method, []).append(Use(stack, tuple(segments), covered))
+        methods = [(METHODS.get(name), uses) for name, uses in by_method.items()]
+        return sorted(methods, key=lambda pair: pair[0].replaces)
+
+
+def _segments(route: Route, edges: list[int], place_of: dict[int, int]) -> list[Segment]:
+    """Runs of neighbouring rows of one slot, empty rows left out."""
+    streams = route.streams or (None,) * len(route.slots)
+    segments: list[Segment] = []
+    for row, slot in enumerate(route.slots):
+        place, start, stop = place_of.get(slot), edges[row], edges[row + 1]
+        if place is None or start == stop:
+            continue
+        part = (start, stop, streams[row])
+        if segments and segments[-1].place == place and segments[-1].stop == start:
+            last = segments.pop()
+            segments.append(Segment(place, last.start, stop, (*last.parts, part)))
+        else:
+            segments.append(Segment(place, start, stop, (part,)))
+    return segments
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(shape) == len(wanted) and all(size == want or want == 0 for size, want in zip(shape, wanted, strict=True))
+
+
+def _rows_lead(together: list[Tensor], alone: list[list[Tensor] | None]) -> bool:
+    """Whether the input of three rows is, third by third, the inputs of the rows."""
+    for index, whole in enumerate(together):
+        if whole.shape[0] % 3:
+            return False
+        for row, part in enumerate(whole.chunk(3)):
+            single = alone[row]
+            if single is None or len(single) != len(together) or single[index].shape != part.shape:
+                return False
+            got, want = part.double(), single[index].double()
+            if (got - want).norm() > 0.05 * want.norm() + 1e-6:
+                return False
+    return True
+
+
+class _SiteForward:
+    """What a bank installs on a site: the base's own map, changed by the stacks that the route reaches."""
+
+    def __init__(self, bank: Bank, site: Site):
+        self.bank = bank
+        self.site = site
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found = self.bank.uses(self.site, x)
+        if not found:
+            return self.site.map(x, *args, **kwargs)
+        y: Tensor | None = None
+        for method, uses in found:
+            y = method.forward(x, y, self.site, uses, (args, kwargs))
+        assert y is not None
+        return y

@@ -1,0 +1,105 @@
+"""The fingerprint of a model folder: its architecture and the bytes of every tensor, whatever files they lie in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from manylora.base.frozen import combine_digests
+from manylora.errors import BaseBroken
+
+# Keys of config.json that say how a folder was written or is to be loaded, not what the model is.
+_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order.
+
+    Raises:
+        BaseBroken: none is there, or only pickled ones are.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
+        raise BaseBroken(
+            f"{folder} holds no weights" + (f" but pickled ones ({pickled[0]})" if pickled else ""),
+            allowed="*.safetensors",
+            next_step="save the model again with model.save_pretrained(folder)" if pickled else "copy the weights there",
+        )
+    return files
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file by tensor name, and the offset at which the tensors' bytes begin.
+
+    Raises:
+        BaseBroken: the file ends before its header says it does.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+        if not 0 < length <= size - 8:
+            raise BaseBroken(f"{path} is no safetensors file or is cut off within its header ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise BaseBroken(f"{path} has a header that is not JSON: {error}") from error
+    header.pop("__metadata__", None)
+    wanted = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != wanted:
+        raise BaseBroken(
+            f"{path} has {size:,} bytes and its header describes {wanted:,}",
+            next_step="the file is truncated or damaged: copy or download it again",
+        )
+    return header, 8 + length
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 of config and tensors; remembered by path, size and time of change of every file."""
+    files = weight_files(folder)
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, folder / "config.json")]
+    key = hashlib.sha256(json.dumps([str(folder.resolve()), stamps]).encode()).hexdigest()
+    remembered = _cache_read()
+    if key in remembered:
+        return remembered[key]
+    tensors: dict[str, str] = {}
+    for path in files:
+        header, start = read_header(path)
+        with path.open("rb") as file:
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                file.seek(start + begin)
+                digest = hashlib.sha256(f"{entry['dtype']} {tuple(entry['shape'])}".encode())
+                digest.update(file.read(end - begin))
+                tensors[name] = digest.hexdigest()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    result = combine_digests({k: v for k, v in config.items() if k not in _NOT_ARCHITECTURE}, tensors)
+    _cache_write(remembered | {key: result})
+    return result
+
+
+def _cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "manylora" / "fingerprints.json"
+
+
+def _cache_read() -> dict[str, str]:
+    try:
+        found = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a cache: absent or damaged means that the digest is computed
+    return found if isinstance(found, dict) else {}
+
+
+def _cache_write(entries: dict[str, str]) -> None:
+    path = _cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(entries), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        return  # a home that cannot be written costs a hash at the next load, nothing else

@@ -1,0 +1,249 @@
+"""A base with a vocabulary: hidden states, the head in chunks, and the probes that say how it may be used."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from manylora.base.frozen import FrozenModel
+from manylora.ops.dropout import mix
+from manylora.types import IGNORED, Batch
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits that exist at one time while a loss is computed: positions x vocabulary."""
+
+PostHead = Callable[[Tensor], Tensor]
+
+
+def post_head_maps(config: Any) -> dict[str, PostHead]:
+    """What a model may do to its logits after the head, read from its configuration, the identity first."""
+    maps: dict[str, PostHead] = {"none": lambda logits: logits}
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        maps["softcap"] = lambda logits: torch.tanh(logits / cap) * cap
+    for key in ("logit_scale", "lm_head_multiplier"):
+        factor = getattr(config, key, None)
+        if factor:
+            maps[key] = lambda logits, factor=factor: logits * factor
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor:
+        maps["logits_scaling"] = lambda logits: logits / divisor
+    return maps
+
+
+class LanguageBase(FrozenModel):
+    """A transformers model that predicts tokens, with its tokenizer and what the probes found.
+
+    `packs`: rows of several sequences give the same hidden states as the sequences alone. `post_head`: the name of the
+    map after the head, None where the model's own logits are taken. `notes`: what was chosen and why, for the log.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        name: str = "",
+        folder: Path | None = None,
+        fingerprint: str | None = None,
+        notes: Sequence[str] = (),
+    ):
+        embed: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        super().__init__(
+            model, name=name, tokenizer=tokenizer, head=embed, example=self._example, fingerprint=fingerprint
+        )
+        self.folder = folder
+        self.config: Any = model.config
+        text_config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        self.vocabulary: int = text_config.vocab_size
+        self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.backbone: Any = getattr(model, "base_model", model)
+        self.notes = list(notes)
+        self.eos_ids = _stop_ids(model, tokenizer)
+        self.pad_id = _pad_id(tokenizer, self.eos_ids)
+        self.post_head, self._post = self._probe_post_head(text_config)
+        self.packs = self._probe_packing()
+        self.notes.append(
+            "rows are packed: the packing probe passed"
+            if self.packs
+            else "rows are padded: this base mixes the sequences of a packed row"
+        )
+        if self.post_head is None:
+            self.notes.append("the model's own logits are taken whole: no known map after its head reproduces them")
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """SHA-256 of the tokenizer's vocabulary, merges and normalisation; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def template_digest(self) -> str | None:
+        """SHA-256 of the chat template; None where there is none."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        return None if not template else "sha256:" + hashlib.sha256(str(template).encode()).hexdigest()
+
+    def outputs(self, batch: Batch) -> LanguageOutputs:
+        """Hidden states of a batch, from which an objective maps the logits of the positions that it needs."""
+        if self.post_head is None:
+            return LanguageOutputs(self, self.model(**batch.inputs, use_cache=False).logits, batch)
+        return LanguageOutputs(self, self.backbone(**batch.inputs, use_cache=False)[0], batch)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., H) to (..., V) in float32 (float64 stays): the head site, then the model's own map after it."""
+        if self._post is None or self.head is None:
+            return _widen(hidden)
+        return self._post(_widen(self.head(hidden)))
+
+    def _example(self, rows: int) -> Mapping[str, Tensor]:
+        generator = torch.Generator().manual_seed(7)
+        tokens = torch.randint(0, self.vocabulary, (rows, 8), generator=generator).to(self.device)
+        positions = torch.arange(8, device=self.device).expand(rows, 8)
+        return {"input_ids": tokens, "position_ids": positions}
+
+    @torch.no_grad()
+    def _probe_post_head(self, config: Any) -> tuple[str | None, PostHead | None]:
+        if self.head is None or self.backbone is self.model:
+            return None, None
+        inputs = self._example(1)
+        own = self.model(**inputs, use_cache=False).logits.double()
+        raw = self.head(self.backbone(**inputs, use_cache=False)[0]).double()
+        for name, post in post_head_maps(config).items():
+            if raw.shape == own.shape and (post(raw) - own).norm() <= 1e-2 * own.norm():
+                return name, post
+        return None, None
+
+    @torch.no_grad()
+    def _probe_packing(self) -> bool:
+        """Whether a row of two sequences gives the hidden states of its parts: no worse than a tenth of what mixing does."""
+        tokens = self._example(2)["input_ids"].reshape(1, 16)
+        cut = 7
+        positions = torch.cat([torch.arange(cut), torch.arange(16 - cut)]).to(self.device)[None]
+        try:
+            packed = self._hidden(tokens, positions)
+            parts = [
+                self._hidden(tokens[:, :cut], positions[:, :cut]),
+                self._hidden(tokens[:, cut:], positions[:, cut:]),
+            ]
+            mixed = self._hidden(tokens, torch.arange(16, device=self.device)[None])
+        except (TypeError, ValueError):
+            return False  # a model that takes no positions cannot be told where a sequence begins
+        alone = torch.cat(parts, dim=1)
+        return bool((packed - alone).norm() <= 0.1 * (mixed - alone).norm())
+
+    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.backbone(input_ids=tokens, position_ids=positions, use_cache=False)[0].double()
+
+
+class LanguageOutputs:
+    """Hidden states (rows, tokens, H) of a batch; logits exist for a chunk of supervised positions at a time."""
+
+    def __init__(self, base: LanguageBase, hidden: Tensor, batch: Batch):
+        self.base = base
+        self.hidden = hidden
+        self.route = None if base.bank is None else base.bank.route_now
+        self.num_rows = batch.num_rows
+
+    def map_supervised(self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Sums by row of `fn(logits (n, V), labels (n,)) -> {name: (n,)}` over the positions whose label is not IGNORED.
+
+        Nothing of the size positions x vocabulary outlives its chunk: the backward computes a chunk's logits again.
+        """
+        chosen = labels.ne(IGNORED)
+        counts = chosen.sum(dim=1).tolist()
+        index = chosen.reshape(-1).nonzero().squeeze(1)
+        picked = self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, index)
+        wanted = labels.reshape(-1).index_select(0, index)
+        sums: dict[str, Tensor] = {}
+        begin = 0
+        for pieces in chunks(counts, max(1, CHUNK_ELEMENTS // self.base.vocabulary)):
+            size = sum(stop - start for _, start, stop in pieces)
+            values = self._chunk(picked[begin : begin + size], wanted[begin : begin + size], pieces, fn)
+            rows = torch.tensor([row for row, start, stop in pieces for _ in range(start, stop)], device=labels.device)
+            for name, value in values.items():
+                zero = torch.zeros(self.num_rows, dtype=value.dtype, device=value.device)
+                sums[name] = sums.get(name, zero).index_add(0, rows, value)
+            begin += size
+        if not sums:  # no row of the batch supervises anything
+            empty = fn(self.base.logits(picked), wanted)
+            sums = {name: torch.zeros(self.num_rows, dtype=v.dtype, device=v.device) for name, v in empty.items()}
+        return sums
+
+    def _chunk(
+        self, hidden: Tensor, labels: Tensor, pieces: list[tuple[int, int, int]], fn: Callable
+    ) -> Mapping[str, Tensor]:
+        """One chunk's values; its route is made here and travels with it into the backward's recomputation."""
+        context = self._route_of(pieces)
+
+        def run(part: Tensor) -> dict[str, Tensor]:
+            with context():
+                return dict(fn(self.base.logits(part), labels))
+
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return run(hidden)
+        result: dict[str, Tensor] = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+        return result
+
+    def _route_of(self, pieces: list[tuple[int, int, int]]) -> Callable:
+        if self.route is None:
+            return nullcontext
+        route, bank = self.route, self.base.bank
+        streams = None
+        if route.streams is not None:
+            # A row's second chunk must not repeat the masks of its first, and may not depend on its neighbours.
+            streams = tuple(mix(route.streams[row], start) for row, start, _ in pieces)
+        chosen = type(route)(
+            tuple(route.slots[row] for row, _, _ in pieces), streams, tuple(stop - start for _, start, stop in pieces)
+        )
+        return lambda: bank.route(chosen)
+
+
+def chunks(counts: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:
+    """Pieces (row, start, stop) of the rows' items, grouped so that a group holds at most `limit` items.
+
+    A row is cut at multiples of `limit` from its own start, so where it is cut does not depend on its neighbours.
+    """
+    groups: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for row, count in enumerate(counts):
+        for start in range(0, count, limit):
+            size = min(limit, count - start)
+            if size > room or not groups:
+                groups.append([])
+                room = limit
+            groups[-1].append((row, start, start + size))
+            room -= size
+    return groups
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _stop_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a generation: the model's own list first, then the tokenizer's end of text."""
+    found: list[int] = []
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if own is None:
+        own = getattr(getattr(model, "config", None), "eos_token_id", None)
+    found += [] if own is None else [own] if isinstance(own, int) else list(own)
+    text_end = getattr(tokenizer, "eos_token_id", None)
+    if text_end is not None:
+        found.append(text_end)
+    return tuple(dict.fromkeys(found))
+
+
+def _pad_id(tokenizer: Any, eos_ids: Sequence[int]) -> int:
+    """What fills the places that nothing reads: padding is masked by position, so any token serves."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return pad if pad is not None else eos_ids[0] if eos_ids else 0

@@ -1,0 +1,140 @@
+"""The sites of a base, and the patterns that name them."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from manylora.errors import SiteNotFound, nearest_names
+from manylora.types import Site, SiteKind
+
+GROUPS = ("all-linear", "everything")
+
+
+def _kind(module: nn.Module) -> tuple[SiteKind, bool]:
+    """The kind of a module that owns parameters, and whether its class is the textbook one."""
+    if isinstance(module, nn.Linear):
+        return "linear", type(module).forward is nn.Linear.forward
+    if isinstance(module, nn.Embedding):
+        return "embedding", type(module).forward is nn.Embedding.forward
+    # Compared by name: importing transformers costs seconds, and a plain torch model never needs it.
+    if any(cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D" for cls in type(module).__mro__):
+        return "conv1d", type(module).__name__ == "Conv1D"
+    return "module", False
+
+
+def find_sites(model: nn.Module, head: nn.Module | None = None) -> dict[str, Site]:
+    """Every module that owns parameters, by its name in the model; a weight met again is `tied_to` its first owner."""
+    sites: dict[str, Site] = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        kind, plain = _kind(module)
+        weight = own.get("weight")
+        tied_to = owners.setdefault(id(weight), name) if weight is not None else name
+        sites[name] = Site(
+            name=name,
+            kind=kind,
+            module=module,
+            plain=plain,
+            is_head=module is head,
+            tied_to=None if tied_to == name else tied_to,
+        )
+    return sites
+
+
+def _matcher(pattern: str):
+    """A predicate on site names for one pattern that is not a group."""
+    if pattern.startswith("re:"):
+        try:
+            compiled = re.compile(pattern[3:])
+        except re.error as error:
+            raise SiteNotFound(f"the pattern {pattern!r} is no regular expression: {error}") from error
+        return lambda name: compiled.fullmatch(name) is not None
+    if any(sign in pattern for sign in "*?["):
+        return lambda name: fnmatch.fnmatchcase(name, pattern)
+    return lambda name: name == pattern or name.endswith("." + pattern)
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the layer that a site lies in: the first number in its name, as PEFT's `layers_to_transform` reads it."""
+    match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", "." + name)
+    return int(match["index"]) if match else None
+
+
+def match_sites(
+    sites: dict[str, Site],
+    patterns: Iterable[str],
+    *,
+    exclude: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    kinds: Sequence[SiteKind] = ("linear", "conv1d", "embedding", "module"),
+) -> list[Site]:
+    """The sites that the patterns name, in the base's order.
+
+    `all-linear` is every linear and conv1d site but the output head; `everything` is every site. A site that is named
+    but whose kind is not in `kinds` is an error, unless a group named it.
+
+    Raises:
+        SiteNotFound: a pattern that matches nothing, with near names; or everything that matched was excluded.
+    """
+    picked: dict[str, Site] = {}
+    for pattern in patterns:
+        if pattern == "all-linear":
+            found = [site for site in sites.values() if site.kind in ("linear", "conv1d") and not site.is_head]
+        elif pattern == "everything":
+            found = [site for site in sites.values() if site.kind in kinds]
+        else:
+            matches = _matcher(pattern)
+            found = [site for site in sites.values() if matches(site.name)]
+            wrong = [site for site in found if site.kind not in kinds]
+            if wrong and not [site for site in found if site.kind in kinds]:
+                raise SiteNotFound(
+                    f"{pattern!r} names {wrong[0].name!r}, a {type(wrong[0].module).__name__}, which this method cannot adapt",
+                    allowed=f"sites of kind {', '.join(kinds)}",
+                    next_step="train a copy of it: add it to full_sites",
+                )
+            found = [site for site in found if site.kind in kinds]
+        if not found:
+            raise _nothing_matches(sites, pattern)
+        picked.update((site.name, site) for site in found)
+    for pattern in exclude:
+        matches = _matcher(pattern)
+        if not any(matches(name) for name in sites):
+            raise _nothing_matches(sites, pattern)
+        picked = {name: site for name, site in picked.items() if not matches(name)}
+    if layers is not None:
+        known = {layer for name in sites if (layer := layer_of(name)) is not None}
+        missing = sorted(set(layers) - known)
+        if missing:
+            raise SiteNotFound(
+                f"layer {missing[0]} is asked for, and this base has none",
+                allowed=f"{min(known)} to {max(known)}" if known else "no layer of this base is numbered",
+            )
+        picked = {name: site for name, site in picked.items() if layer_of(name) in layers}
+    if not picked:
+        raise SiteNotFound(
+            f"no site is left of {list(patterns)!r} after exclude {list(exclude)!r} and layers {layers!r}",
+            next_step="list the sites: manylora inspect BASE --sites",
+        )
+    return [site for name, site in sites.items() if name in picked]
+
+
+def _nothing_matches(sites: dict[str, Site], pattern: str) -> SiteNotFound:
+    endings: dict[str, int] = {}
+    for name in sites:
+        ending = name.rsplit(".", 1)[-1]
+        endings[ending] = endings.get(ending, 0) + 1
+    plain = pattern.removeprefix("re:").strip("*.")
+    near = nearest_names(plain.rsplit(".", 1)[-1], [*endings, *GROUPS])
+    linear = sum(site.kind in ("linear", "conv1d") for site in sites.values())
+    return SiteNotFound(
+        f"no site matches {pattern!r} ({linear} linear sites in this base)",
+        nearest=[f"{name} ({endings[name]})" if name in endings else name for name in near],
+        next_step="list them: manylora inspect BASE --sites",
+    )

@@ -1,0 +1,71 @@
+"""`manylora train`: one adapter on one frozen base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manylora.cli.output import AsJson, Output
+from manylora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; also the config.yaml of a run.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace one key; may be repeated. Paths: from here."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key, its default and its meaning.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter as a configuration says; writes a run folder with the adapter and a report."""
+    output = Output(as_json)
+    if keys:
+        list_keys(output)
+        return
+    if config is None:
+        raise ConfigError(
+            "no configuration is given", next_step="manylora train CONFIG.yaml; `manylora demo` writes one to start from"
+        )
+    from manylora.config import load_config
+    from manylora.training.run import train as run_training
+
+    result = run_training(load_config(config, overrides or ()), resume=resume)
+    show_summary(output, result.run, result.summary)
+    output.finish(result.summary)
+
+
+def list_keys(output: Output) -> None:
+    """Print every key of a configuration."""
+    from manylora.config import describe_keys
+
+    keys = describe_keys()
+    output.table(("key", "default", "meaning"), keys)
+    output.finish({key: {"default": default, "meaning": meaning} for key, default, meaning in keys})
+
+
+def show_summary(output: Output, run: Path, summary: Mapping) -> None:
+    """Print what a run reached, and where things are."""
+    show_scores(output, {"base": summary.get("base_eval") or {}, "adapter": summary.get("eval") or {}})
+    output.line(
+        f"trained {summary['trainable_parameters']:,} parameters on {summary['tokens']:,} tokens"
+        f" in {summary['wall_s']:.1f} s"
+    )
+    for name, folder in summary["adapters"].items():
+        output.line(f"adapter {name}: {folder}")
+    output.line(f"report: {run / 'report.html'}")
+
+
+def show_scores(output: Output, scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Print metrics, one line each, side by side; nothing where there are none."""
+    names = list(dict.fromkeys(metric for column in scores.values() for metric in column))
+    if names:
+        output.table(("", *scores), [(name, *(column.get(name) for column in scores.values())) for name in names])

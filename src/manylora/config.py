@@ -1,0 +1,354 @@
+"""A run as one value: what is trained, on what, and how; read from YAML, checked, and written back complete.
+
+Every mistake is one `ConfigError` that names the key in full, the value seen, what is allowed and the nearest name.
+Relative paths in a file are relative to that file; those in overrides, to the current directory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from manylora import config_text
+from manylora.config_errors import as_config_error, unknown_key
+from manylora.errors import ConfigError
+from manylora.spec import AdapterSpec
+
+# Where the names that a key accepts are kept: (module, table). Imported only when such a key is checked.
+TABLES = MappingProxyType(
+    {
+        "task": ("manylora.tasks", "TASKS"),
+        "format": ("manylora.data.formats", "FORMATS"),
+        "method": ("manylora.methods", "METHODS"),
+        "init": ("manylora.methods.inits", "INITS"),
+        "schedule": ("manylora.training.schedule", "SCHEDULES"),
+        "optimizer": ("manylora.training.optim", "OPTIMIZERS"),
+        "track": ("manylora.training.trackers", "TRACKERS"),
+    }
+)
+
+
+def _in_table(kind: str, *, besides: Sequence[str] = ()) -> AfterValidator:
+    """A check that a name is in the table of its kind, or one of `besides`."""
+
+    def check(name: str) -> str:
+        import importlib
+
+        module, table = TABLES[kind]
+        return name if name in besides else getattr(importlib.import_module(module), table).check(name)
+
+    return AfterValidator(check)
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers however they are written (8, 8.0, 1e3), and not true or false."""
+    if isinstance(value, bool):
+        raise ValueError("a whole number")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _number(value: Any) -> Any:
+    """Finite numbers, also those that YAML 1.1 readers leave as text (1e-3), and not true or false."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError("a number") from None
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError("a finite number")
+    return value
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError("auto, cpu, cuda, cuda:1 or mps")
+    return name
+
+
+def _several(value: Any) -> Any:
+    """One name, names with commas between them, or a list, as a list. A regular expression may hold commas of its own."""
+    if isinstance(value, str):
+        return [value] if value.startswith("re:") else [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _alone(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) or value is None else [value]
+
+
+def _or_none(value: Any) -> Any:
+    return () if value is None else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_several)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_alone)]
+
+
+class Section(BaseModel):
+    """A part of a configuration: no unknown keys, no change after it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_written(cls, values: Any) -> Any:
+        """A section whose lines are all commented out has its defaults."""
+        return {} if values is None else values
+
+
+class DataConfig(Section):
+    """`data`: what is learned from, and how it is read."""
+
+    train: Paths = Field(min_length=1, description="training files: a path or a list of paths")
+    eval: Annotated[Paths, BeforeValidator(_or_none)] = Field(
+        (), description="held-out files; or give eval_fraction", validate_default=True
+    )
+    eval_fraction: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of the training rows held out; rows that share a prompt stay together"
+    )
+    format: Annotated[str, _in_table("format", besides=("auto",))] = Field("auto", description="how a row is read")
+    columns: dict[str, str] = Field({}, description="renames columns: {prompt: question, completion: answer}")
+    overflow: Literal["error", "split", "right"] | None = Field(
+        None, description="rows above row_tokens: error, split or cut on the right; default split for text, else error"
+    )
+    chat_template: Path | None = Field(None, description="a file with a chat template, where the base has none")
+
+    @model_validator(mode="after")
+    def _one_eval(self) -> Self:
+        if self.eval and self.eval_fraction is not None:
+            raise ConfigError("data.eval and data.eval_fraction are both given", allowed="one of them")
+        return self
+
+
+class AdapterConfig(Section):
+    """`adapter`: what is trained."""
+
+    method: Annotated[str, _in_table("method")] = Field("lora", description="how a site is changed")
+    rank: Whole = Field(16, description="rank of the low-rank change, at least 1; capped where a site is smaller")
+    alpha: Number = Field(32.0, description="scale of the change, above 0; see scale_rule")
+    sites: Names = Field(("all-linear",), description="sites: endings of names, globs, re:..., all-linear, everything")
+    exclude: Names = Field((), description="sites to leave out, by the same patterns")
+    layers: Annotated[tuple[Whole, ...], BeforeValidator(_alone)] | None = Field(
+        None, description="only these layers, by index from 0"
+    )
+    full_sites: Names = Field((), description="sites trained as whole copies: heads")
+    rank_pattern: dict[str, Whole] = Field({}, description="ranks by the end of a site's name")
+    alpha_pattern: dict[str, Number] = Field({}, description="alphas by the end of a site's name")
+    dropout: Number = Field(0.0, description="dropout of the low-rank branch's input, from 0 to below 1")
+    init: Annotated[str, _in_table("init")] = Field("default", description="where the factors start")
+    scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = Field("alpha/rank", description="the scale at a site")
+    from_: Path | None = Field(None, alias="from", description="an adapter folder to continue")
+
+    @model_validator(mode="after")
+    def _is_a_spec(self) -> Self:
+        try:
+            to_spec(self)
+        except ConfigError as error:
+            raise type(error)(
+                f"adapter.{error.what}", nearest=error.nearest, allowed=error.allowed, next_step=error.next_step
+            ) from error
+        return self
+
+
+class TrainConfig(Section):
+    """`train`: the optimiser and its steps."""
+
+    learning_rate: Annotated[Number, Field(gt=0)] = Field(2e-4, description="peak learning rate")
+    schedule: Annotated[str, _in_table("schedule")] = Field("cosine", description="course of the learning rate")
+    warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(0.03, description="share of the steps spent warming up")
+    warmup_steps: Annotated[Whole, Field(ge=0)] | None = Field(None, description="steps of warmup; replaces warmup_ratio")
+    min_rate_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(0.0, description="last rate as a share of the peak")
+    epochs: Annotated[Number, Field(gt=0)] = Field(3.0, description="passes over the training data; may be a fraction")
+    steps: Annotated[Whole, Field(ge=1)] | None = Field(None, description="optimiser steps; replaces epochs")
+    row_tokens: Annotated[Whole, Field(ge=8)] = Field(512, description="tokens of a packed row, the longest sequence")
+    rows_per_step: Annotated[Whole, Field(ge=1)] = Field(4, description="rows of one optimiser step")
+    accumulate: Annotated[Whole, Field(ge=1)] = Field(
+        1, description="micro-batches that a step is computed in; changes memory, not the result"
+    )
+    optimizer: Annotated[str, _in_table("optimizer")] = Field("adamw", description="the optimiser")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="decay of the optimiser's two averages"
+    )
+    epsilon: Annotated[Number, Field(gt=0)] = Field(1e-8, description="the optimiser's epsilon")
+    clip_norm: Annotated[Number, Field(gt=0)] | None = Field(1.0, description="gradient norm to clip at; null: off")
+    seed: Annotated[Whole, Field(ge=0)] = Field(0, description="decides data order, init and dropout")
+
+    @model_validator(mode="after")
+    def _micro_batches_hold_rows(self) -> Self:
+        if self.accumulate > self.rows_per_step:
+            raise ConfigError(
+                f"train.accumulate is {self.accumulate} and train.rows_per_step is {self.rows_per_step}",
+                allowed="at most as many micro-batches as rows",
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    """`evaluate`: how the held-out rows are used."""
+
+    every_steps: Annotated[Whole, Field(ge=1)] | None = Field(None, description="steps between evaluations; null: each epoch")
+    max_new_tokens: Annotated[Whole, Field(ge=1)] = Field(128, description="length limit of a generated answer")
+    temperature: Annotated[Number, Field(ge=0)] = Field(0.0, description="sampling temperature; 0: greedy")
+    samples: Annotated[Whole, Field(ge=0)] = Field(5, description="answers shown before and after")
+    max_examples: Annotated[Whole, Field(ge=1)] | None = Field(None, description="evaluate at most so many examples")
+
+
+class CheckpointConfig(Section):
+    """`checkpoint`: what is kept on disk, and which state is the result."""
+
+    every_steps: Annotated[Whole, Field(ge=1)] | None = Field(100, description="steps between checkpoints; null: only the last")
+    keep: Annotated[Whole, Field(ge=1)] = Field(2, description="checkpoints kept")
+    select: Literal["eval_loss", "last"] = Field("eval_loss", description="which state is saved as the adapter")
+    early_stop_patience: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, description="stop after so many evaluations without a better loss"
+    )
+
+
+class Config(Section):
+    """A run: everything but `base`, `data.train` and `output` has a default."""
+
+    base: str = Field(min_length=1, description="builtin:tiny-en, a Hugging Face folder, or a hub id")
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field("bfloat16", description="of the frozen base")
+    device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
+    trust_remote_code: bool = Field(False, description="run code that comes with the base; never remembered")
+    task: Annotated[str, _in_table("task")] = Field("sft", description="what is learned and how it is scored")
+    data: DataConfig = Field(description="what is learned from")
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="what is trained")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="the optimiser and its steps")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="how held-out rows are used")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="what is kept on disk")
+    track: Annotated[tuple[Annotated[str, _in_table("track")], ...], BeforeValidator(_several), BeforeValidator(_or_none)] = (
+        Field(("tensorboard",), description="where curves go besides events.jsonl: tensorboard, wandb, mlflow, trackio")
+    )
+    output: Path = Field(description="the run's folder; never reused silently")
+
+    @model_validator(mode="after")
+    def _early_stop_can_judge(self) -> Self:
+        held_out = self.data.eval or self.data.eval_fraction
+        if self.checkpoint.early_stop_patience is not None and not held_out:
+            raise ConfigError(
+                "checkpoint.early_stop_patience is given and there is no held-out data",
+                next_step="give data.eval or data.eval_fraction",
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, as text, numbers, lists and mappings."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """The whole configuration; `load_config` of it gives an equal one."""
+        return config_text.dump(self.to_dict())
+
+
+def to_spec(adapter: AdapterConfig) -> AdapterSpec:
+    """The adapter that a configuration asks for.
+
+    Raises:
+        SpecError: a value out of range.
+    """
+    values = {name: getattr(adapter, name) for name in type(adapter).model_fields if name != "from_"}
+    return AdapterSpec(**values)
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Config:
+    """A checked configuration from a YAML file or a mapping, with `a.b=v` texts or `{"a.b": v}` laid over it.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML; a key is unknown; a value is not allowed.
+    """
+    where, values = _read(source)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(config_text.parse_override, overrides)
+    for key, value in pairs:
+        values = _laid_over(values, key.split("."), _with_full_paths(key, value, Path.cwd()), key)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise as_config_error(error, known_keys(), where) from error
+
+
+def known_keys() -> list[str]:
+    """Every key that holds a value, dotted, in the order of a written configuration."""
+    return [key for key, _, _ in describe_keys()]
+
+
+def describe_keys() -> list[tuple[str, str, str]]:
+    """(dotted key, default as YAML or "required", description) of every key."""
+    return list(_describe(Config, ""))
+
+
+def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in section.model_fields.items():
+        key = prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _describe(field.annotation, key + ".")
+        elif field.is_required():
+            yield key, "required", field.description or ""
+        else:
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            yield key, config_text.dump_inline(default), field.description or ""
+
+
+# Values that are paths, and so are read relative to the place where they are written.
+_PATH_KEYS = frozenset({"base", "output", "data.train", "data.eval", "data.chat_template", "adapter.from"})
+
+
+def _with_full_paths(key: str, value: Any, folder: Path) -> Any:
+    """The value at a key with the paths in it made absolute; anything else is left to the checks."""
+    if isinstance(value, Mapping):
+        prefix = f"{key}." if key else ""
+        return {name: _with_full_paths(f"{prefix}{name}", part, folder) for name, part in value.items()}
+    if key not in _PATH_KEYS:
+        return value
+    if isinstance(value, list | tuple):
+        return [_with_full_paths(key, part, folder) for part in value]
+    if not isinstance(value, str | Path) or not str(value).strip():
+        return value
+    full = (folder / Path(value).expanduser()).resolve()
+    if key == "base" and not full.exists() and not str(value).startswith((".", "/", "~")):
+        return str(value)  # builtin:..., or a hub id
+    return str(full)
+
+
+def _laid_over(values: Mapping[str, Any], names: Sequence[str], value: Any, key: str) -> dict[str, Any]:
+    """A copy of nested mappings with the value at a key replaced."""
+    name, *rest = names
+    if not rest:
+        return {**values, name: value}
+    inner = values.get(name)
+    if inner is not None and not isinstance(inner, Mapping):
+        raise unknown_key(key, value, known_keys())
+    return {**values, name: _laid_over(inner or {}, rest, value, key)}
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What a configuration is called in errors, and its values with full paths."""
+    if isinstance(source, Mapping):
+        return "the configuration", _with_full_paths("", source, Path.cwd())
+    path = Path(source).expanduser()
+    if (path / "config.yaml").is_file():
+        path = path / "config.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"no configuration at {str(path)!r}", next_step="give a YAML file; `manylora demo` writes one to start from"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read as text: {error}", allowed="a YAML file") from error
+    values = config_text.parse(text, str(path))
+    if not isinstance(values, dict):
+        kind = "empty" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"{str(path)!r} is {kind}", allowed="a mapping with at least base, data.train and output")
+    return str(path), _with_full_paths("", values, path.resolve().parent)

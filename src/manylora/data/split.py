@@ -1,0 +1,50 @@
+"""Train and evaluation sides that share no prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from manylora.data.examples import Example
+from manylora.errors import ConfigError, DataError
+
+
+def split_by_group(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, eval), each in the given order; eval holds about `fraction` of the examples, in whole groups.
+
+    A group is all examples with the same prompt (of plain text: with the same text), so no input is on both sides.
+    Groups are drawn by their text and the seed, whatever the order of the rows.
+
+    Raises:
+        ConfigError: a fraction that is not between 0 and 1. DataError: fewer than two groups.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ConfigError(f"eval_fraction is {fraction!r}", allowed="above 0 and below 1", next_step="try 0.05")
+    sizes: dict[str, int] = {}
+    for example in examples:
+        sizes[example.group] = sizes.get(example.group, 0) + 1
+    if len(sizes) < 2:
+        raise DataError(
+            f"{len(examples)} examples share {len(sizes)} prompt, so none can be held out for evaluation",
+            next_step="name a file of its own: data.eval, and drop data.eval_fraction",
+        )
+    held_out = _held_out(sizes, fraction * len(examples), seed)
+    train = [example for example in examples if example.group not in held_out]
+    return train, [example for example in examples if example.group in held_out]
+
+
+def _held_out(sizes: dict[str, int], wanted: float, seed: int) -> set[str]:
+    """Groups in drawn order until `wanted` examples are reached as nearly as they allow; never none, never all."""
+    drawn = sorted(sizes, key=lambda group: _draw(group, seed))
+    chosen, count = {drawn[0]}, sizes[drawn[0]]
+    for group in drawn[1:-1]:
+        if count + sizes[group] / 2 > wanted:
+            break
+        chosen.add(group)
+        count += sizes[group]
+    return chosen
+
+
+def _draw(group: str, seed: int) -> bytes:
+    # A hash, not a generator: a row added to the file moves no other row to the other side.
+    return hashlib.blake2b(f"{seed}:{group}".encode("utf-8", "surrogatepass"), digest_size=16).digest()

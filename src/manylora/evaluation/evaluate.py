@@ -1,0 +1,153 @@
+"""Loss and text of slots on examples. The bare base is slot -1 of the same calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from manylora.data.batches import Epochs, collate
+from manylora.errors import ConfigError, DataError
+from manylora.generation.decode import generate
+from manylora.generation.route import route_rows
+from manylora.tasks.task import Metrics, Sample, Task
+from manylora.types import Batch, Objective
+
+if TYPE_CHECKING:
+    from manylora.base.language import LanguageBase
+    from manylora.data.examples import Example
+
+
+def evaluate_loss(
+    base: LanguageBase,
+    examples: Sequence[Example],
+    *,
+    slot: int,
+    row_tokens: int,
+    objective: Objective,
+    rows_per_batch: int = 8,
+) -> Metrics:
+    """`loss` (nats a trained token), `perplexity` and `tokens` (how many trained tokens) of one slot.
+
+    Raises:
+        DataError: no example, or none with a trained token. RouteError: an adapter's slot and no bank.
+    """
+    (found,) = evaluate_losses(
+        base, examples, slots=[slot], row_tokens=row_tokens, objective=objective, rows_per_batch=rows_per_batch
+    )
+    return found
+
+
+@torch.no_grad()
+def evaluate_losses(
+    base: LanguageBase,
+    examples: Sequence[Example],
+    *,
+    slots: Sequence[int],
+    row_tokens: int,
+    objective: Objective,
+    rows_per_batch: int = 8,
+) -> list[Metrics]:
+    """`evaluate_loss` of several slots, in their order; each batch holds the same rows once for every slot.
+
+    Semantics: loss = sum over examples of the objective's totals / sum of its weights, so neither the rows that examples
+    were packed into nor the batches change it. Sums are float64.
+
+    Raises:
+        DataError: no example, or none with a trained token. RouteError: an adapter's slot and no bank, or several slots on a
+            bank of one slot (prove it first: `bank.prove()`).
+    """
+    if rows_per_batch < 1:
+        raise ConfigError(f"rows_per_batch is {rows_per_batch}", allowed="at least 1")
+    totals, weights = torch.zeros(len(slots), dtype=torch.float64), torch.zeros(len(slots), dtype=torch.float64)
+    rows = Epochs(examples, row_tokens=row_tokens, seed=0, packs=base.packs).rows(0) if examples else []
+    for start in range(0, len(rows), rows_per_batch):
+        chosen = [[examples[index] for index in row] for row in rows[start : start + rows_per_batch]]
+        # Slot by slot, so that each slot's update runs over one block of rows.
+        batch = collate(
+            chosen * len(slots),
+            width=row_tokens,
+            pad_id=base.pad_id,
+            packed=base.packs,
+            slots=tuple(slot for slot in slots for _ in chosen),
+            streams=None,
+        )
+        batch = _on_device(batch, base.device)
+        with route_rows(base, batch.slots):
+            found = objective(base.outputs(batch), batch)
+        totals += found.total.double().cpu().view(len(slots), -1).sum(dim=1)
+        weights += objective.weight(batch).double().cpu().view(len(slots), -1).sum(dim=1)
+    return [_metrics(total, weight, len(examples)) for total, weight in zip(totals.tolist(), weights.tolist(), strict=True)]
+
+
+def evaluate_text(
+    base: LanguageBase,
+    examples: Sequence[Example],
+    *,
+    slot: int,
+    max_new_tokens: int,
+    task: Task,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_inputs: int | None = None,
+    batch_rows: int = 64,
+) -> tuple[Metrics, list[Sample]]:
+    """The task's scores of one slot's answers, and the answers, in the order in which their inputs first come.
+
+    Examples that share a prompt are one input with several references. Examples without a prompt (plain text) have nothing
+    to answer and are left out; where all are, both results are empty. `max_inputs` takes the first inputs only. At a
+    temperature above 0, `seed` and the input's place seed each answer.
+
+    Raises:
+        DataError: a prompt that leaves no position for an answer. RouteError: an adapter's slot and no bank.
+    """
+    inputs = _inputs(examples)[:max_inputs]
+    answers = generate(
+        base,
+        [prompt for prompt, _ in inputs],
+        slots=[slot] * len(inputs),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seeds=[(seed << 32) + place for place in range(len(inputs))],
+        batch_rows=batch_rows,
+    )
+    samples = [
+        Sample(together[0].prompt, tuple(example.reference for example in together), answer.text)
+        for (_, together), answer in zip(inputs, answers, strict=True)
+    ]
+    return task.metrics(samples), samples
+
+
+def _inputs(examples: Sequence[Example]) -> list[tuple[tuple[int, ...], list[Example]]]:
+    """Prompts as generation sees them, and the examples that share each, in the order in which they first come."""
+    found: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        if example.prompt:
+            prompt = tuple(int(token) for token in example.tokens[: example.prompt_length])
+            found.setdefault(prompt, []).append(example)
+    return list(found.items())
+
+
+def _metrics(total: float, weight: float, num_examples: int) -> Metrics:
+    if weight == 0:
+        raise DataError(
+            f"none of the {num_examples} examples has a trained token, so there is no loss to measure",
+            next_step="look at what is trained: manylora inspect DATA",
+        )
+    loss = total / weight
+    return {"loss": loss, "perplexity": _exponential(loss), "tokens": weight}
+
+
+def _exponential(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    return replace(batch, inputs=inputs, targets={name: tensor.to(device) for name, tensor in batch.targets.items()})

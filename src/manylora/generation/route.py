@@ -1,0 +1,27 @@
+"""The route of a batch on a base that may or may not carry a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from manylora.base.frozen import FrozenModel
+from manylora.errors import RouteError
+
+
+def route_rows(base: FrozenModel, slots: Sequence[int]) -> AbstractContextManager[object]:
+    """A context in which the base's model may be run on rows of these slots (-1: the bare base).
+
+    Raises:
+        RouteError: an adapter's slot is named and no bank is open on the base.
+    """
+    if base.bank is not None:
+        return base.bank.route(tuple(slots))
+    named = sorted({slot for slot in slots if slot != -1})
+    if named:
+        raise RouteError(
+            f"slot {named[0]} is asked for, and this base carries no bank",
+            allowed="-1, the bare base",
+            next_step="bank = manylora.Bank(base); bank.put(adapter, slot=0)",
+        )
+    return nullcontext()

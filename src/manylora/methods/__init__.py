@@ -1,0 +1,12 @@
+"""How a few small tensors change one frozen map; one file a method, one line in this table."""
+
+from manylora.table import Table
+from manylora.types import Method
+
+METHODS: Table[Method] = Table(
+    "method",
+    {
+        "lora": "manylora.methods.lora:LORA",
+        "full": "manylora.methods.full:FULL",
+    },
+)

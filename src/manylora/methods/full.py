@@ -1,0 +1,75 @@
+"""A trained copy of a site: every parameter of the module, its bias too, in float32, cast to the compute dtype.
+
+Used for heads (PEFT's `modules_to_save`) and, on every site, for full fine-tuning as an honest comparison.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from manylora.spec import AdapterSpec
+from manylora.types import Factors, Site, SiteKind, Use
+
+
+class Full:
+    """Factors: one tensor per parameter of the site's module, by the module's own names and shapes."""
+
+    name = "full"
+    kinds: tuple[SiteKind, ...] = ("linear", "conv1d", "embedding", "module")
+    replaces = True
+
+    def num_items(self, site: Site, x: Tensor) -> int:
+        return x.shape[0]
+
+    def shape_class(self, site: Site, factors: Factors) -> int:
+        return 0
+
+    def stack_shapes(self, site: Site, shape_class: int) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in site.module.named_parameters(recurse=False)}
+
+    def init(self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator) -> Factors:
+        own = site.module.named_parameters(recurse=False)
+        copies = {}
+        for name, value in own:
+            copies[name] = value.detach().to("cpu", torch.promote_types(value.dtype, torch.float32)).clone()
+        return Factors(self.name, copies)
+
+    def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:
+        own = dict(site.module.named_parameters(recurse=False))
+        return {name: value - own[name].detach().to(value) for name, value in factors.tensors.items()}
+
+    def forward(self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]) -> Tensor:
+        whole = len(uses) == 1 and uses[0].covers_all and len(uses[0].segments) == 1
+        if whole:
+            return self._apply(x, site, uses[0], uses[0].segments[0].place, extra)
+        y = site.map(x, *extra[0], **extra[1]) if y is None else y
+        for use in uses:
+            pieces, reached = [], 0
+            for segment in use.segments:
+                part = self._apply(x[segment.start : segment.stop], site, use, segment.place, extra)
+                pieces += [y[reached : segment.start], part]
+                reached = segment.stop
+            y = torch.cat([*pieces, y[reached:]])
+        return y
+
+    @staticmethod
+    def _apply(x: Tensor, site: Site, use: Use, place: int, extra: tuple[tuple, dict]) -> Tensor:
+        """The module's own forward with the slot's parameters in place of the frozen ones."""
+        own = dict(site.module.named_parameters(recurse=False))
+        cast = {name: tensor[place].to(own[name].dtype) for name, tensor in use.stack.tensors.items()}
+        return torch.func.functional_call(_bare(site.module), cast, (x, *extra[0]), extra[1])
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """A shallow twin of a module that runs the class's own forward, whatever a bank has installed on the original."""
+    twin = copy.copy(module)
+    twin.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    return twin
+
+
+FULL = Full()

@@ -1,0 +1,27 @@
+"""The negative log-likelihood of each supervised token, given those before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from manylora.types import IGNORED, Batch, Outputs, RowTotals
+
+
+class CausalLm:
+    """Total: nats, summed over a row's supervised tokens. Weight: their number."""
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch.targets["labels"].ne(IGNORED).sum(dim=1).to(torch.float64)
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals:
+        sums = outputs.map_supervised(batch.targets["labels"], _nats)
+        return RowTotals(sums["nats"])
+
+
+def _nats(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    return {"nats": functional.cross_entropy(logits, labels, reduction="none")}
+
+
+CAUSAL_LM = CausalLm()

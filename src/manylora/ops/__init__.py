@@ -1,0 +1,1 @@
+"""Ops: each a plain reference and fast versions with the same signature."""

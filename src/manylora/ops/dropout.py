@@ -1,0 +1,42 @@
+"""Dropout whose mask is a pure function of (row stream, site), so nothing is stored and nothing restored."""
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+def mix(*parts: int) -> int:
+    """A 64-bit seed from whole numbers; every part changes about half of its bits.
+
+    Source: SplitMix64's finaliser (Steele, Lea and Flood, 2014).
+    """
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (state + (part & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state
+
+
+@lru_cache(maxsize=4096)
+def site_key(name: str) -> int:
+    """A number for a site's name that is the same on every machine and in every process."""
+    return zlib.crc32(name.encode())
+
+
+def dropout_mask(stream: int, site: str, shape: tuple[int, int], probability: float, like: Tensor) -> Tensor:
+    """(tokens, width) of 0 and 1 / (1 - p), in the dtype and on the device of `like`.
+
+    The mask of a row's first tokens does not depend on how many follow, so padding a row changes nothing.
+    """
+    generator = torch.Generator(device=like.device)
+    generator.manual_seed(mix(stream, site_key(site)) >> 1)
+    keep = torch.rand(shape, generator=generator, device=like.device) >= probability
+    return keep.to(like.dtype) * (1.0 / (1.0 - probability))

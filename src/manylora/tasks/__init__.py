@@ -1,0 +1,8 @@
+"""Tasks: how a base is loaded, what is minimised, and how an answer is scored; one file each, one line in this table."""
+
+from manylora.table import Table
+from manylora.tasks.task import Metrics, Sample, Task
+
+TASKS: Table[Task] = Table("task", {"sft": "manylora.tasks.sft:SFT"})
+
+__all__ = ["TASKS", "Metrics", "Sample", "Task"]

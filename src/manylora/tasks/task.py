@@ -1,0 +1,36 @@
+"""What a task is, and what it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One input, every reference that the data has for it, and the text that a slot answered with."""
+
+    prompt: str
+    references: tuple[str, ...]
+    text: str
+
+
+class Task(Protocol):
+    """Examples + how they are shown + how an answer is scored."""
+
+    name: str
+    auto: str
+    """The transformers Auto class that loads a base for it."""
+    objective: str
+    """The name of what is minimised, in `objectives.OBJECTIVES`."""
+
+    def metrics(self, samples: Sequence[Sample]) -> Metrics:
+        """Scores of answers, by name; empty without samples."""
+        ...
+
+    def footnotes(self, samples: Sequence[Sample]) -> Mapping[str, str]:
+        """What each metric is exactly, by its name, so that others can compute the same number."""
+        ...

@@ -1,0 +1,139 @@
+"""The run folder: who may write to it, what it must hold, and where each thing lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manylora.errors import CheckpointBroken, OutputExists
+from manylora.training.files import recover, write_json_atomic, write_text_atomic
+
+if TYPE_CHECKING:
+    from manylora.base.language import LanguageBase
+    from manylora.config import Config
+
+PACKAGES = ("manylora", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+class RunFolder:
+    """The folder of one run; nothing is written to it before `begin`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def check_free(self) -> None:
+        """Pass where a new run may begin.
+
+        Raises:
+            OutputExists: the folder holds something.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            holds = "another run" if (self.path / "config.yaml").is_file() else "something else"
+            raise OutputExists(
+                f"{self.path} already holds {holds}",
+                next_step="continue it with --resume, or name another folder with --set output=DIR",
+            )
+
+    def check_resumable(self, config: Config) -> None:
+        """Pass where the folder is new or holds a run of the same configuration.
+
+        Raises:
+            OutputExists: it holds something that is no run. CheckpointBroken: it holds a run of other settings.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        held_file = self.path / "config.yaml"
+        if not held_file.is_file():
+            self.check_free()
+        import yaml
+
+        held, asked = yaml.safe_load(held_file.read_text(encoding="utf-8")), config.to_dict()
+        changed = [
+            f"{key} was {before!r} and is {after!r}" for key, before, after in _differences(held, asked) if key != "output"
+        ]
+        if changed:
+            raise CheckpointBroken(
+                f"{self.path} was begun with another configuration: {'; '.join(changed[:4])}",
+                next_step=f"resume it with {held_file}, or begin a new run with --set output=DIR",
+            )
+
+    def begin(self, config: Config) -> None:
+        """Make the folder and write the resolved configuration into it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        recover(self.path)
+        write_text_atomic(self.path / "config.yaml", config.to_yaml())
+
+    def write_manifest(self, base: LanguageBase, files: list[Path]) -> None:
+        """What the run stood on: versions, machine, base, data, and the state of the code if it is under git."""
+        manifest = {
+            "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "machine": {
+                "system": platform.platform(),
+                "processor": _processor(),
+                "cores": os.cpu_count(),
+                "device": str(base.device),
+                "dtype": str(base.dtype).removeprefix("torch."),
+            },
+            "base": {"name": base.name, "fingerprint": base.fingerprint, "tokenizer": base.tokenizer_digest,
+                     "chat_template": base.template_digest},  # fmt: skip
+            "data": {str(path): _file_digest(path) for path in files},
+            "git": _git(),
+            "command": sys.argv,
+        }
+        write_json_atomic(self.path / "manifest.json", manifest)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that ended, None of one that did not."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def adapter(self, member: str) -> Path:
+        return self.path / "adapters" / member
+
+
+def _differences(held: Any, asked: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(held, dict) and isinstance(asked, dict):
+        keys = dict.fromkeys([*held, *asked])
+        return [found for key in keys for found in _differences(held.get(key), asked.get(key), f"{prefix}{key}.")]
+    return [] if held == asked else [(prefix.removesuffix("."), held, asked)]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the folder the command was run in, and whether it had changes; None outside a repository."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout.strip())}

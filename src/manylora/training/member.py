@@ -1,0 +1,148 @@
+"""A member: one training job of a fleet, with its own data order, schedule, random streams and stopping rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from manylora.data.batches import Epochs
+from manylora.data.examples import Example
+from manylora.errors import ConfigError
+from manylora.ops.dropout import mix
+from manylora.spec import AdapterSpec
+from manylora.training.optim.stacked import SlotUpdate
+from manylora.training.schedule import rate_at
+
+State = Literal["running", "done", "stopped", "retired"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a member is trained. Steps are optimiser steps; `warmup` and `total_steps` count them."""
+
+    learning_rate: float
+    schedule: str
+    total_steps: int
+    warmup: int
+    floor_ratio: float = 0.0
+    rows_per_step: int = 4
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    clip_norm: float | None = 1.0
+    evaluate_every: int | None = None
+    patience: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Member:
+    """One training job; `slot` is its place in the bank. Everything below `state` is what a checkpoint keeps."""
+
+    name: str
+    slot: int
+    seed: int
+    spec: AdapterSpec
+    recipe: Recipe
+    epochs: Epochs
+    eval_examples: Sequence[Example] = ()
+    state: State = "running"
+    reason: str = ""
+    step: int = 0
+    tokens: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    stale_evals: int = 0
+    _schedule_of_rows: list[int] = field(default_factory=list)
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside factors and optimiser state."""
+        best = None if math.isinf(self.best_loss) else self.best_loss
+        return {"state": self.state, "reason": self.reason, "step": self.step, "tokens": self.tokens,
+                "best_loss": best, "best_step": self.best_step, "stale_evals": self.stale_evals}  # fmt: skip
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        self.state, self.reason = progress["state"], progress["reason"]
+        self.step, self.tokens = progress["step"], progress["tokens"]
+        self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
+        self.best_step, self.stale_evals = progress["best_step"], progress["stale_evals"]
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        recipe = self.recipe
+        return rate_at(
+            step,
+            schedule=recipe.schedule,
+            total_steps=recipe.total_steps,
+            warmup_steps=recipe.warmup,
+            peak=recipe.learning_rate,
+            floor=recipe.learning_rate * recipe.floor_ratio,
+        )
+
+    def update(self) -> SlotUpdate:
+        """The settings of the present step's update."""
+        recipe = self.recipe
+        return SlotUpdate(
+            rate=self.rate(self.step),
+            step=self.step + 1,
+            weight_decay=recipe.weight_decay,
+            betas=recipe.betas,
+            epsilon=recipe.epsilon,
+            clip_norm=recipe.clip_norm,
+        )
+
+    def rows(self, step: int) -> list[list[Example]]:
+        """The rows of a step, a pure function of (seed, step): neighbours and resuming change nothing.
+
+        A step never crosses the end of an epoch, so an epoch's last step may have fewer rows.
+        """
+        epoch, inside = self.place(step)
+        rows = self.epochs.rows(epoch)
+        begin = inside * self.recipe.rows_per_step
+        return [[self.epochs.examples[i] for i in row] for row in rows[begin : begin + self.recipe.rows_per_step]]
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and which step of that epoch it is."""
+        epoch = 0
+        while True:
+            if epoch == len(self._schedule_of_rows):
+                self._schedule_of_rows.append(steps_of(self.epochs, epoch, self.recipe.rows_per_step))
+            if step < self._schedule_of_rows[epoch]:
+                return epoch, step
+            step -= self._schedule_of_rows[epoch]
+            epoch += 1
+
+    def streams(self, step: int, count: int) -> list[int]:
+        """The seed of each row's dropout, by the row's place in its step: splitting a step changes nothing."""
+        return [mix(self.seed, step, row) for row in range(count)]
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the held-out rows are due once `step` steps are done: by count, else at the end of every epoch."""
+        if step >= self.recipe.total_steps:
+            return True
+        if self.recipe.evaluate_every is not None:
+            return step % self.recipe.evaluate_every == 0
+        return self.place(step)[1] == 0
+
+
+def steps_of(epochs: Epochs, epoch: int, rows_per_step: int) -> int:
+    """Optimiser steps of one epoch."""
+    return math.ceil(epochs.num_rows(epoch) / rows_per_step)
+
+
+def total_steps(epochs: Epochs, *, num_epochs: float, rows_per_step: int) -> int:
+    """Optimiser steps of a number of epochs, which need not be whole.
+
+    Raises:
+        ConfigError: not even one step.
+    """
+    whole = int(num_epochs)
+    count = sum(steps_of(epochs, epoch, rows_per_step) for epoch in range(whole))
+    if num_epochs > whole:
+        count += math.ceil((num_epochs - whole) * steps_of(epochs, whole, rows_per_step))
+    if count < 1:
+        raise ConfigError(f"train.epochs {num_epochs} gives no step", allowed="more than 0")
+    return count

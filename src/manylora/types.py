@@ -1,0 +1,194 @@
+"""The shared vocabulary of the code: sites, factors, batches, and the protocols that tables fill.
+
+Nothing here imports another part of manylora but `spec`, so every layer of the house may import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from manylora.spec import AdapterSpec
+
+IGNORED = -100
+"""The label of a position where nothing is learned."""
+
+SiteKind = Literal["linear", "conv1d", "embedding", "module"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A map inside the base that may be adapted.
+
+    `kind` is `linear` (weight (O, I)), `conv1d` (transformers' transposed linear, weight (I, O)), `embedding` (weight
+    (V, D)) or `module` (anything else that owns parameters: a norm, a convolution; only a whole copy can adapt it).
+    `plain` says that the module's class is the textbook one, so its backward is known; a subclass with a forward of
+    its own is differentiated by autograd. `tied_to` names the site that owns the same weight and comes first.
+    """
+
+    name: str
+    kind: SiteKind
+    module: nn.Module
+    plain: bool
+    is_head: bool = False
+    tied_to: str | None = None
+
+    def weight(self) -> Tensor:
+        """The frozen weight as (out, in): (O, I) of a linear map, (D, V) of an embedding. A view where it can be."""
+        weight: Tensor = self.module.weight.detach()
+        return weight.t() if self.kind in ("conv1d", "embedding") else weight
+
+    @property
+    def out_in(self) -> tuple[int, int]:
+        """Rows and columns of the map: (O, I); (D, V) for an embedding."""
+        rows, columns = self.weight().shape
+        return rows, columns
+
+    def map(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's own output, by the module's own code."""
+        return type(self.module).forward(self.module, x, *args, **kwargs)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters(recurse=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The small tensors of one method at one site: for `lora` a (R, I) and b (O, R), for `full` a copy per parameter."""
+
+    method: str
+    tensors: Mapping[str, Tensor]
+
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+@dataclass(slots=True, eq=False)
+class Stack:
+    """The factors of several slots at one site, by one method and of one shape class.
+
+    `tensors[name]` is (P, ...): one place per slot that adapts this site, zero-padded to the class's rank. The tensors
+    are float32 leaves that require gradients. `slots[p]` is the slot that owns place p (-1: free), `ranks[p]`, `scales[p]`
+    and `dropouts[p]` are its rank, its factor s and its dropout probability.
+    """
+
+    site: Site
+    method: str
+    shape_class: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    slots: list[int] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    dropouts: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of items (tokens, or whole rows of a `module` site) that one place of a stack changes.
+
+    `parts` splits the run by batch row: (start, stop, stream), offsets into the site's flattened input; the stream
+    seeds the row's dropout, None where dropout is off.
+    """
+
+    place: int
+    start: int
+    stop: int
+    parts: tuple[tuple[int, int, int | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A stack and the segments of the present batch that it changes."""
+
+    stack: Stack
+    segments: tuple[Segment, ...]
+    covers_all: bool
+
+
+class Method(Protocol):
+    """How a few small tensors change one frozen map. Never touches the base: others share it."""
+
+    name: str
+    kinds: tuple[SiteKind, ...]
+    """The kinds of site that it can stand on."""
+    replaces: bool
+    """Whether its output replaces the base's, so that the base product may be left out."""
+
+    def num_items(self, site: Site, x: Tensor) -> int:
+        """How many items the site's input holds, in the unit that `Segment` counts in."""
+        ...
+
+    def shape_class(self, site: Site, factors: Factors) -> int:
+        """Factors of one class may share a stack; for a low-rank method the padded rank."""
+        ...
+
+    def stack_shapes(self, site: Site, shape_class: int) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor of one place of a stack."""
+        ...
+
+    def init(self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator) -> Factors: ...
+
+    def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:
+        """The dense change of each parameter of the site's module, in that parameter's own layout, float32 or better."""
+        ...
+
+    def forward(self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]) -> Tensor:
+        """The site's output for the whole batch.
+
+        `y` is the output so far; None asks the method to compute the base's own part too. `uses` are all stacks of this
+        method that the batch reaches; `extra` are further arguments of the site's forward, passed on.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows that are computed together; row r belongs to slot `slots[r]`.
+
+    `inputs` are keyword arguments of the base's forward, rows first. `targets` are what the objective compares with,
+    rows first: `labels` (rows, tokens) int64 is the token that each position must predict (already shifted), IGNORED
+    where nothing is learned. `streams` seeds each row's dropout; None: dropout off.
+    """
+
+    inputs: Mapping[str, Tensor]
+    targets: Mapping[str, Tensor]
+    slots: tuple[int, ...]
+    streams: tuple[int, ...] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class RowTotals:
+    """What an objective returns: `total` (rows,) sums of the loss in float32 or better, `metrics` (rows,) sums by name.
+
+    Divide sums by `Objective.weight` of the same rows, added over as many rows as belong together.
+    """
+
+    total: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Outputs(Protocol):
+    """The base's outputs, before anything of the size tokens x vocabulary exists."""
+
+    def map_supervised(self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Sums by row of `fn(logits (n, V), labels (n,)) -> {name: (n,)}` over the positions whose label is not IGNORED."""
+        ...
+
+
+class Objective(Protocol):
+    """What is minimised: a pure function of (outputs, batch)."""
+
+    def weight(self, batch: Batch) -> Tensor:
+        """(rows,) float64: how much each row counts, from the data alone, so that accumulation is exact."""
+        ...
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals: ...
