@@ -15,8 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 DEMO = Path(__file__).parent.parent / "src" / "manylora" / "data" / "demo" / "e2e"
 EVAL_SHARE = 0.1

@@ -27,6 +27,7 @@ ROWS = 3
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
+    pytest.mark.filterwarnings(r"ignore:Adapter 'default'. \d+ LoRA tensor.s. have invalid shape.*lora_B\.bias"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
@@ -215,7 +216,12 @@ THEIRS = {
     ),
     "patterns with rslora": (
         "llama",
-        {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {"k_proj": 3}},
+        {
+            "target_modules": "all-linear",
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 7},
+            "alpha_pattern": {"k_proj": 3},
+        },
     ),
     "modules to save": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
     "both of a tied pair": (

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 SPECIAL = ["<|endoftext|>", "<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"]
-LINES = ["The Eagle is a coffee shop near Burger King .", "name : The Eagle | food : Chinese", "What is 2 + 2 ? It is 4 ."] * 4
+LINES = [
+    "The Eagle is a coffee shop near Burger King .",
+    "name : The Eagle | food : Chinese",
+    "What is 2 + 2 ? It is 4 .",
+] * 4
 TURNS = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"

@@ -41,7 +41,8 @@ def test_every_assistant_turn_and_its_end_are_learned_and_no_header(make_tokeniz
     tokenizer = make_tokenizer() if template == "marked" else make_tokenizer(CHATML)
     example = encode(chat(LONGER), tokenizer, max_length=200, eos_id=0).examples[0]
     assert learned(example, tokenizer) == ["It is 4 .<|end|>"] * 2
-    assert example.trained[-1] and tokenizer.decode([example.tokens[-1]]) == "<|end|>"
+    assert example.trained[-1]
+    assert tokenizer.decode([example.tokens[-1]]) == "<|end|>"
 
 
 def test_the_prompt_is_exactly_what_generation_is_given(make_tokenizer):
@@ -80,7 +81,9 @@ def test_turns_that_teach_nothing_are_left_out_and_said(tokenizer):
 
 
 def test_an_end_at_which_generation_would_not_stop_is_said(tokenizer):
-    assert any("answers end with <|end|>" in note for note in encode(chat(HELLO), tokenizer, max_length=99, eos_id=0).notes)
+    assert any(
+        "answers end with <|end|>" in note for note in encode(chat(HELLO), tokenizer, max_length=99, eos_id=0).notes
+    )
     stops = [0, tokenizer.convert_tokens_to_ids("<|end|>")]
     assert len(encode(chat(HELLO), tokenizer, max_length=99, eos_id=stops).notes) == 1
 
@@ -92,7 +95,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_place(make_t
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     message = refused(make_tokenizer(last_only), HELLO, HELLO * 2)
-    assert "chat.jsonl:2" in message and "turn 2" in message and "'(4)" in message and "token " in message
+    assert "chat.jsonl:2" in message
+    assert "turn 2" in message
+    assert "'(4)" in message
+    assert "token " in message
     assert encode(chat(HELLO), make_tokenizer(last_only), max_length=99, eos_id=0).examples
 
 
@@ -127,7 +133,10 @@ def test_marks_that_disagree_are_refused(make_tokenizer, fault):
         "end not marked": "<|assistant|>{% generation %}" + inner + "{% endgeneration %}<|end|>",
     }[fault]
     template = (
-        "{% for message in messages %}{% if message['role'] == 'assistant' %}" + body + "{% else %}<|user|>" + inner
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        + body
+        + "{% else %}<|user|>"
+        + inner
         + "<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     assert "generation %} marks" in refused(make_tokenizer(template), HELLO * 2)
@@ -140,7 +149,8 @@ def test_a_tokenizer_without_a_template_says_where_to_set_one(make_tokenizer):
 def test_what_the_template_itself_refuses_is_said_with_the_row(make_tokenizer):
     strict = "{{ raise_exception('no system role') }}"
     message = refused(make_tokenizer(strict), HELLO)
-    assert "chat.jsonl:1" in message and "no system role" in message
+    assert "chat.jsonl:1" in message
+    assert "no system role" in message
 
 
 BAD = {
@@ -158,4 +168,6 @@ BAD = {
 def test_a_bad_conversation_is_refused_and_counted(tokenizer, name):
     messages, expected = BAD[name]
     message = refused(tokenizer, HELLO, messages, messages)
-    assert expected in message and "chat.jsonl:2" in message and "2 of 3 rows" in message
+    assert expected in message
+    assert "chat.jsonl:2" in message
+    assert "2 of 3 rows" in message

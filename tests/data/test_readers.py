@@ -71,13 +71,18 @@ def test_an_unknown_column_is_answered_with_near_names(write):
     path = write("a.jsonl", '{"question": "q"}\n{"question": "r"}')
     with pytest.raises(DataError) as caught:
         read_rows(path, columns={"prompt": "quetsion"})
-    assert f"{path}:1" in str(caught.value) and caught.value.nearest == ("question",)
+    assert f"{path}:1" in str(caught.value)
+    assert caught.value.nearest == ("question",)
 
 
 BROKEN = {
     "broken JSON names line and character": ("a.jsonl", '{"a": 1}\n{"a": 1, b}', ":2: broken JSON at character 10"),
     "a JSONL line that is a list is refused": ("a.jsonl", "[1]", ":1: a list where a row is expected"),
-    "a broken JSON file names line and character": ("a.json", '[{"a": 1},\n {"a" 2}]', ":2: broken JSON at character 7"),
+    "a broken JSON file names line and character": (
+        "a.json",
+        '[{"a": 1},\n {"a" 2}]',
+        ":2: broken JSON at character 7",
+    ),
     "JSON Lines under .json get the hint": ("a.json", '{"a": 1}\n{"a": 2}', "name the file .jsonl"),
     "a JSON list of numbers is refused": ("a.json", '[{"a": 1},\n 3]', ":2: a number where a row"),
     "a JSON file without a list is refused": ("a.json", '{"rows": []}', "holds one object"),

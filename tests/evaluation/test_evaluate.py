@@ -27,7 +27,9 @@ def by_hand(base, examples, slot: int) -> tuple[float, int]:
     for example in examples:
         tokens = torch.tensor(example.tokens, dtype=torch.long)[None]
         with torch.no_grad(), route_rows(base, [slot]):
-            losses = functional.cross_entropy(base.model(input_ids=tokens).logits[0, :-1], tokens[0, 1:], reduction="none")
+            losses = functional.cross_entropy(
+                base.model(input_ids=tokens).logits[0, :-1], tokens[0, 1:], reduction="none"
+            )
         trained = torch.tensor(example.trained[1:])
         total, count = total + losses[trained].double().sum().item(), count + int(trained.sum())
     return total / count, count
@@ -108,7 +110,9 @@ def test_answers_are_those_of_generation_at_the_same_slot(base, examples, adapte
     with Bank(base) as bank:
         bank.put(adapter, slot=0)
         _, samples = evaluate_text(base, examples, slot=0, max_new_tokens=6, task=SFT)
-        found = generate(base, [encode_prompt(base, sample.prompt) for sample in samples], slots=[0] * 4, max_new_tokens=6)
+        found = generate(
+            base, [encode_prompt(base, sample.prompt) for sample in samples], slots=[0] * 4, max_new_tokens=6
+        )
     assert [sample.text for sample in samples] == [one.text for one in found]
     _, plain = evaluate_text(base, examples, slot=-1, max_new_tokens=6, task=SFT)
     assert plain != samples

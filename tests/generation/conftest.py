@@ -11,7 +11,8 @@ from manylora.spec import AdapterSpec
 from manylora.types import Factors
 
 TEMPLATE = (
-    "{% for m in messages %}{% if loop.first and m.role == 'assistant' %}{{ raise_exception('users speak first') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if loop.first and m.role == 'assistant' %}{{ raise_exception('users speak first') }}{% endif %}"
     "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ("<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")

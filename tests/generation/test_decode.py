@@ -95,7 +95,7 @@ def test_the_stream_names_the_callers_rows(base, prompts):
     assert [list(one.tokens) for one in found] == list(seen.values())
 
 
-def test_special_tokens_are_no_part_of_the_text(base, prompts, monkeypatch):
+def test_special_tokens_are_no_part_of_the_text(base, prompts):
     head = base.model.lm_head.weight
     with torch.no_grad():
         head[259] = 50.0 * by_hidden(base, prompts[0])
@@ -147,19 +147,34 @@ def test_only_the_last_position_meets_the_head(base, prompts):
     assert seen == [(5, 1)] * 3
 
 
-def test_a_model_with_learned_positions_decodes_ragged_prompts(prompts):
-    from transformers import GPT2Config, GPT2LMHeadModel
+SIZES = {"vocab_size": 261, "initializer_range": 0.3, "eos_token_id": 256, "bos_token_id": None, "pad_token_id": None}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
+MISTRAL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "sliding_window": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("GPT2", GPT2), ("Bloom", BLOOM), ("Mistral", MISTRAL)])
+def test_learned_absent_and_windowed_positions_decode_ragged_prompts(prompts, family, sizes):
+    import transformers
 
     from manylora.base.language import LanguageBase
 
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=261, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, eos_token_id=256,
-        bos_token_id=None, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
-    )  # fmt: skip
-    other = LanguageBase(GPT2LMHeadModel(config), tokenizer=Plain(), name="tiny-gpt2")
-    found = generate(other, prompts, slots=[-1] * len(prompts), max_new_tokens=NEW, stop_ids=())
-    assert [list(one.tokens) for one in found] == [by_hand(other, prompt, NEW) for prompt in prompts]
+    config = getattr(transformers, f"{family}Config")(**SIZES, **sizes)
+    kind = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    other = LanguageBase(getattr(transformers, kind)(config), tokenizer=Plain(), name=family)
+    wanted = [by_hand(other, prompt, NEW) for prompt in prompts]
+    assert [list(one.tokens) for one in generate_all(other, prompts, ())] == wanted
+    stop = wanted[0][4]
+    cut = [answer[: answer.index(stop)] if stop in answer else answer for answer in wanted]
+    assert [list(one.tokens) for one in generate_all(other, prompts, (stop,))] == cut
+
+
+def generate_all(base, prompts, stops):
+    return generate(base, prompts, slots=[-1] * len(prompts), max_new_tokens=NEW, stop_ids=stops)
 
 
 class Plain:

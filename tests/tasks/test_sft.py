@@ -7,7 +7,9 @@ from manylora.tasks import TASKS, Sample
 from manylora.tasks.text_metrics import bleu, exact_match
 
 SAMPLES = [
-    Sample("p", ("The Eagle is a cheap coffee shop .", "A cheap coffee shop is The Eagle ."), "The Eagle is a cheap shop ."),
+    Sample(
+        "p", ("The Eagle is a cheap coffee shop .", "A cheap coffee shop is The Eagle ."), "The Eagle is a cheap shop ."
+    ),
     Sample("q", ("Aromi serves Chinese food by the river .",), "  Aromi serves Chinese food  by the river .\n"),
 ]
 

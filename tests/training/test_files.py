@@ -16,6 +16,12 @@ def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def fill_halfway(folder, error: BaseException) -> None:
+    with write_folder_atomic(folder) as partial:
+        (partial / "a").write_text("half")
+        raise error
+
+
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -73,9 +79,8 @@ def test_a_new_folder_replaces_the_old_one_with_all_its_files(tmp_path):
 def test_a_full_disk_inside_the_block_keeps_the_previous_folder(tmp_path, error):
     with write_folder_atomic(tmp_path / "step-1") as partial:
         (partial / "a").write_text("good")
-    with pytest.raises(DiskFull, match=r"step-1 \(") as caught, write_folder_atomic(tmp_path / "step-1") as partial:
-        (partial / "a").write_text("half")
-        raise error
+    with pytest.raises(DiskFull, match=r"step-1 \(") as caught:
+        fill_halfway(tmp_path / "step-1", error)
     assert isinstance(caught.value, OSError)
     assert (tmp_path / "step-1" / "a").read_text() == "good"
     assert names(tmp_path) == ["step-1"]
@@ -100,9 +105,8 @@ def test_a_rename_that_fails_brings_the_previous_folder_back(tmp_path, monkeypat
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_any_other_error_passes_through_and_leaves_no_folder(tmp_path, error):
-    with pytest.raises(error), write_folder_atomic(tmp_path / "step-1") as partial:
-        (partial / "a").write_text("a")
-        raise error
+    with pytest.raises(error):
+        fill_halfway(tmp_path / "step-1", error())
     assert names(tmp_path) == []
 
 

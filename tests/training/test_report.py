@@ -5,7 +5,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from manylora.training.charts import Curve, line_chart, round_ticks, running_mean, short_number, thin
 from manylora.training.events import EventLog
 from manylora.training.report import write_report
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VOID = {"meta", "link", "br"}
 ATTACK = '</pre><script>alert("x")</script><b>&'
@@ -82,7 +85,8 @@ def make_run(folder: Path, members: tuple[str, ...] = ("default",), *, steps: in
             "tokens_per_s": 4321.0,
             "wall_s": 185.0,
             "peak_bytes": 2**30,
-            "trainable_parameters": 212992,
+            "trainable_parameters": 150_000,
+            "base_parameters": 6_000_000,
         }
         (run / "summary.json").write_text(json.dumps(summary))
     return run
@@ -101,11 +105,11 @@ def test_a_finished_run_shows_results_curves_samples_settings_and_what_to_do_nex
         "base 5",
         "3m 05s",
         "1 GiB",
-        "212,992 trained",
+        "2.50% of the base's",
         "rank: 8",
         "versions.torch",
         "cpu, 0",
-        f"'{run}/adapters/default'",
+        f"generate --adapter '{run}/adapters/default' --with-base --prompt in",
         f"train '{run}/config.yaml'",
     ):
         assert text in page.text, text

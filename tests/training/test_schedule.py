@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -35,7 +37,7 @@ def test_without_warmup_the_first_step_has_the_peak(schedule):
 def test_decay_is_monotone_and_continuous_and_reaches_the_floor_one_step_after_the_last(schedule):
     seen = rates(schedule, total=1000, warmup=100, floor=0.1)
     decay = seen[100:]
-    steps = [before - after for before, after in zip(decay, decay[1:], strict=False)]
+    steps = [before - after for before, after in itertools.pairwise(decay)]
     assert min(steps) >= 0.0
     assert max(steps) < 0.01
     assert seen[-1] == pytest.approx(0.1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,8 @@ from manylora.errors import AdapterBroken, SpecError
 from manylora.spec import AdapterSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
     from torch import Tensor, nn
 
     from manylora.adapters.adapter import Adapter
@@ -154,7 +155,9 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterBroken(
-            f"{where} is an adapter of peft_type {kind!r}", allowed="LORA", next_step="load it with PEFT; its kind is not read here"
+            f"{where} is an adapter of peft_type {kind!r}",
+            allowed="LORA",
+            next_step="load it with PEFT; its kind is not read here",
         )
     for key, value in config.items():
         if key in _FIXED and value not in _FIXED[key]:
@@ -171,7 +174,7 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE):
         raise AdapterBroken(
-            f"{where} sets init_lora_weights to {start!r}: its factors stand on a base whose weights that start has changed",
+            f"{where} sets init_lora_weights to {start!r}: its factors stand on a base that this start has changed",
             next_step="save it from PEFT with path_initial_model_for_weight_conversion, as a plain LoRA",
         )
 

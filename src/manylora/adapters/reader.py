@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +28,9 @@ from manylora.adapters.peft_config import (
 from manylora.adapters.receipt import check_scales, read_receipt, samples
 from manylora.errors import AdapterBroken
 from manylora.types import Factors, SiteKind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _FACTOR = re.compile(r"(?P<site>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?P<weight>\.weight)?")
 _BASE_COPY = re.compile(r"(?P<site>.+)\.base_layer\.(?P<parameter>weight|bias)")
@@ -54,15 +56,17 @@ def load_adapter(folder: Path) -> Adapter:
         tensors.pop(key, None)
     low_rank, full, kinds, frozen = _sort_out(tensors, config, path)
     tied = _drop_tied(full, receipt.get("tied", {}), path)
-    _check_all_there(low_rank, full | dict.fromkeys(tied, {}), config, path)
+    _check_all_there(low_rank, full | {key_0: {} for key_0 in tied}, config, path)
     sites = tuple(_in_order(low_rank, config.get("target_modules")))
-    full_sites = tuple(_in_order({**full, **dict.fromkeys(tied, {})}, config.get("modules_to_save")))
+    full_sites = tuple(_in_order({**full, **{key_0: {} for key_0 in tied}}, config.get("modules_to_save")))
     spec = spec_of(config, sites, full_sites, str(folder / CONFIG_FILE))
     factors = {name: Factors("lora", low_rank[name]) for name in sites}
     factors |= {name: Factors("full", full[name]) for name in full_sites if name in full}
     said = receipt.get("sites", {})
     if config.get("fan_in_fan_out") or any(site.get("kind") == "conv1d" for site in said.values()):
-        conv1d = [name for name in sites if name not in kinds and said.get(name, {"kind": "conv1d"}).get("kind") == "conv1d"]
+        conv1d = [
+            name for name in sites if name not in kinds and said.get(name, {"kind": "conv1d"}).get("kind") == "conv1d"
+        ]
         kinds |= dict.fromkeys(conv1d, "conv1d")
     origin = receipt.get("base", {})
     adapter = Adapter(
@@ -83,10 +87,16 @@ def load_adapter(folder: Path) -> Adapter:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        inner = sorted(child.name for child in folder.glob("*") if (child / CONFIG_FILE).is_file()) if folder.is_dir() else []
+        inner = (
+            sorted(child.name for child in folder.glob("*") if (child / CONFIG_FILE).is_file())
+            if folder.is_dir()
+            else []
+        )
         if inner:
             raise AdapterBroken(
-                f"{folder} holds adapters in folders of their own", allowed=", ".join(inner), next_step=f"name one: {folder / inner[0]}"
+                f"{folder} holds adapters in folders of their own",
+                allowed=", ".join(inner),
+                next_step=f"name one: {folder / inner[0]}",
             )
         what = f"no {CONFIG_FILE} in {folder}" if folder.is_dir() else f"no folder {folder}"
         raise AdapterBroken(what, next_step=f"an adapter is a folder with {CONFIG_FILE} and {TENSORS_FILE}")
@@ -107,7 +117,7 @@ def _tensor_path(folder: Path) -> Path:
         raise AdapterBroken(
             f"{folder} holds only {PICKLE_FILE}, a pickle, which can run code when it is read",
             allowed=TENSORS_FILE,
-            next_step="if you trust it: load it with peft.PeftModel.from_pretrained and call save_pretrained on the result",
+            next_step="if you trust it: open it with peft.PeftModel.from_pretrained and save_pretrained it again",
         )
     raise AdapterBroken(f"no {TENSORS_FILE} in {folder}")
 
@@ -116,7 +126,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         stored = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterBroken(f"{path} is truncated or no safetensors file: {error}", next_step="fetch the folder again") from error
+        raise AdapterBroken(
+            f"{path} is truncated or no safetensors file: {error}", next_step="fetch the folder again"
+        ) from error
     if not stored:
         raise AdapterBroken(f"{path} holds no tensors")
     for key, value in stored.items():
@@ -142,12 +154,14 @@ def _sort_out(
             raise _unexpected(key, path)
         if factor and bool(factor["embedding"]) != bool(factor["weight"]):
             if value.dim() != 2:
-                raise AdapterBroken(f"{key!r} in {path} has shape {tuple(value.shape)}", allowed="two dimensions: a linear map")
+                raise AdapterBroken(
+                    f"{key!r} in {path} has shape {tuple(value.shape)}", allowed="two dimensions: a linear map"
+                )
             low_rank.setdefault(factor["site"], {})[factor["factor"].lower()] = value
             if factor["embedding"]:
                 kinds[factor["site"]] = "embedding"
         elif copy:
-            # PEFT adds the base's own embedding to an adapter that stands on it: it must be this base's, bit by bit or so.
+            # PEFT adds the base's own embedding to an adapter that stands on it; the bank compares it.
             frozen[f"{copy['site']}.{copy['parameter']}"] = samples(value)
         elif "lora_" not in name and under_any(site, saved):
             full.setdefault(site, {})[parameter] = value
@@ -162,7 +176,7 @@ def _sort_out(
 def _unexpected(key: str, path: Path) -> AdapterBroken:
     return AdapterBroken(
         f"unexpected tensor {key!r} in {path}",
-        allowed=f"{PREFIX}SITE.lora_A.weight, .lora_B.weight, .lora_embedding_A, .lora_embedding_B, and what modules_to_save names",
+        allowed=f"{PREFIX}SITE.lora_A.weight, .lora_B.weight, .lora_embedding_A/B, and what modules_to_save names",
         next_step="its adapter has a part that is not computed here, or a vocabulary of another size",
     )
 
@@ -180,7 +194,9 @@ def _check_all_there(low_rank: _Tensors, full: Mapping[str, Any], config: Mappin
     for site, found in low_rank.items():
         for factor in ("a", "b"):
             if factor not in found:
-                raise AdapterBroken(f"{path} lacks factor {factor.upper()} of {site!r}", next_step="fetch the folder again")
+                raise AdapterBroken(
+                    f"{path} lacks factor {factor.upper()} of {site!r}", next_step="fetch the folder again"
+                )
     gone = [name for name in spelled_out(config) if not any(s == name or s.endswith("." + name) for s in low_rank)]
     if gone:
         raise AdapterBroken(f"{path} lacks the factors of {gone[0]!r}, which target_modules names")

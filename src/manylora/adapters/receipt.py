@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +12,9 @@ from torch import Tensor
 from manylora.errors import AdapterBroken, BaseMismatch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from manylora.adapters.adapter import Adapter
     from manylora.base.frozen import FrozenModel
 
@@ -50,7 +51,9 @@ def make_receipt(adapter: Adapter, base: FrozenModel | None, tensors: Path, copi
         "copied": copied,
     }
     if base is None:
-        return receipt | {key: adapter.receipt[key] for key in ("tokenizer", "chat_template", "frozen") if key in adapter.receipt}
+        return receipt | {
+            key: adapter.receipt[key] for key in ("tokenizer", "chat_template", "frozen") if key in adapter.receipt
+        }
     receipt["base"] = {"name": base.name or adapter.base_name, "fingerprint": base.fingerprint}
     tokenizer = getattr(base, "tokenizer_digest", None)
     if tokenizer is not None:
@@ -97,8 +100,8 @@ def check_scales(receipt: Mapping[str, Any], adapter: Adapter, where: str) -> No
         scale = adapter.spec.scale(name)
         if abs(scale - said["scale"]) > 1e-9 * abs(said["scale"]):
             raise AdapterBroken(
-                f"{where} gives {name!r} the scale {scale:.6g}, and {RECEIPT_FILE} says that it was trained at {said['scale']:.6g}",
-                next_step=f"put r, lora_alpha and their patterns back; if they were changed on purpose, delete {RECEIPT_FILE}",
+                f"{where} gives {name!r} the scale {scale:.6g}, and {RECEIPT_FILE} says {said['scale']:.6g}",
+                next_step=f"put r, lora_alpha and their patterns back, or, if that was meant, delete {RECEIPT_FILE}",
             )
 
 
@@ -110,8 +113,8 @@ def check_base(adapter: Adapter, base: FrozenModel) -> None:
     """
     if adapter.base_fingerprint is not None and adapter.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
-            f"the adapter was trained on {adapter.base_name or 'another base'} ({adapter.base_fingerprint[:15]}...), and "
-            f"this base is {base.name or 'unnamed'} ({base.fingerprint[:15]}...)",
+            f"the adapter was trained on {adapter.base_name or 'another base'} ({adapter.base_fingerprint[:15]}...), "
+            f"and this base is {base.name or 'unnamed'} ({base.fingerprint[:15]}...)",
             next_step="load the base that the adapter's receipt.json names",
         )
     for name, said in adapter.receipt.get("frozen", {}).items():

@@ -6,15 +6,13 @@ import errno
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from manylora.adapters.peft_config import CONFIG_FILE, PICKLE_FILE, PREFIX, TENSORS_FILE, config_of, master
 from manylora.adapters.reader import load_adapter
@@ -22,10 +20,14 @@ from manylora.adapters.receipt import RECEIPT_FILE, check_base, make_receipt
 from manylora.errors import AdapterBroken, BaseMismatch, DiskFull, OutputExists, nearest_names
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
     from manylora.adapters.adapter import Adapter
     from manylora.base.frozen import FrozenModel
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["fold_scale", "load_adapter", "save_adapter"]
 
 
 def save_adapter(adapter: Adapter, folder: Path, base: FrozenModel | None = None) -> Path:
@@ -59,6 +61,20 @@ def save_adapter(adapter: Adapter, folder: Path, base: FrozenModel | None = None
     return folder
 
 
+def fold_scale(adapter: Adapter) -> Adapter:
+    """The same map with the scale inside B and alpha equal to the rank, so that no reader can get it wrong."""
+    spec = adapter.spec
+    factors = {
+        name: replace(own, tensors={"a": own.tensors["a"], "b": spec.scale(name) * own.tensors["b"]})
+        if own.method == "lora"
+        else own
+        for name, own in adapter.factors.items()
+    }
+    alphas = {pattern: float(rank) for pattern, rank in spec.rank_pattern.items()}
+    folded = replace(spec, alpha=float(spec.rank), scale_rule="alpha/rank", alpha_pattern=alphas)
+    return replace(adapter, spec=folded, factors=factors)
+
+
 def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     """The factors under PEFT's keys, each in memory of its own."""
     if not adapter.factors:
@@ -69,14 +85,18 @@ def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
             a, b = factors.tensors["a"], factors.tensors["b"]
             rank = adapter.spec.rank_at(name)
             if not a.shape[0] == b.shape[1] == rank:
-                raise AdapterBroken(f"{name!r} has factors of rank {a.shape[0]} and {b.shape[1]}, and its spec says {rank}")
+                raise AdapterBroken(
+                    f"{name!r} has factors of rank {a.shape[0]} and {b.shape[1]}, and its spec says {rank}"
+                )
             ending = "lora_embedding_{}" if adapter.kinds.get(name) == "embedding" else "lora_{}.weight"
             tensors |= {f"{PREFIX}{name}.{ending.format('A')}": a, f"{PREFIX}{name}.{ending.format('B')}": b}
         elif factors.method == "full":
             names = [name, *(other for other, owner in adapter.tied.items() if owner == name)]
             tensors |= {_key(path, key): value for path in names for key, value in factors.tensors.items()}
         else:
-            raise AdapterBroken(f"PEFT's folder has no place for the method {factors.method!r} of {name!r}", allowed="lora, full")
+            raise AdapterBroken(
+                f"PEFT's folder has no place for the method {factors.method!r} of {name!r}", allowed="lora, full"
+            )
     return {key: master(value) for key, value in tensors.items()}
 
 
@@ -104,7 +124,11 @@ def _card(adapter: Adapter) -> str:
     spec, base_name = adapter.spec, adapter.base_name or "unknown"
     low_rank = [name for name, factors in adapter.factors.items() if factors.method == "lora"]
     base_line = f"base_model: {json.dumps(adapter.base_name)}\n" if adapter.base_name else ""
-    about = f"- {len(low_rank)} low-rank sites, rank {spec.rank}, alpha {spec.alpha:g}, scale {spec.scale_rule}\n" if low_rank else ""
+    about = (
+        f"- {len(low_rank)} low-rank sites, rank {spec.rank}, alpha {spec.alpha:g}, scale {spec.scale_rule}\n"
+        if low_rank
+        else ""
+    )
     return (
         f"---\n{base_line}library_name: peft\ntags:\n- lora\n- manylora\n---\n\n"
         f"# An adapter for {base_name}\n\n"
@@ -120,26 +144,25 @@ def _card(adapter: Adapter) -> str:
 def _whole_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` whose files move into it once all are written; on an error nothing remains."""
     _refuse_occupied(folder, [CONFIG_FILE, TENSORS_FILE, PICKLE_FILE, RECEIPT_FILE])
-    new: Path | None = None
+    # The prefix that a resumed run clears away, should the process die here.
+    new = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        new = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
+        shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         yield new
         for path in new.iterdir():
             _flush(path)
         _move(new, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no room to write the adapter to {folder}", next_step="free some space and save again") from error
-        raise
-    except SafetensorError as error:
-        if "No space left" in str(error):
-            raise DiskFull(f"no room to write the adapter to {folder}", next_step="free some space and save again") from error
-        raise
+    except (OSError, SafetensorError) as error:
+        # safetensors tells a full disk by the system's text alone
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+        if not full:
+            raise
+        next_step = "free some space and save again"
+        raise DiskFull(f"no space left to write the adapter to {folder}", next_step=next_step) from error
     finally:
-        if new is not None:
-            shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _refuse_occupied(folder: Path, names: list[str]) -> None:
@@ -151,14 +174,14 @@ def _refuse_occupied(folder: Path, names: list[str]) -> None:
 
 
 def _move(new: Path, folder: Path) -> None:
-    """One rename where the folder is new; into a folder with other files, the config last: it makes an adapter of it."""
+    """One rename where the folder is new; beside other files the config comes last: it makes an adapter of them."""
     if not folder.exists() or not any(folder.iterdir()):
-        os.replace(new, folder)
+        new.replace(folder)
         return
     names = sorted((path.name for path in new.iterdir()), key=lambda name: (name == CONFIG_FILE, name))
     _refuse_occupied(folder, names)
     for name in names:
-        os.replace(new / name, folder / name)
+        (new / name).replace(folder / name)
 
 
 def _flush(path: Path) -> None:

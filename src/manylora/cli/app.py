@@ -38,6 +38,7 @@ def build() -> Any:
         name="manylora",
         help="One frozen base, many adapters: train, evaluate and use low-rank adapters.",
         add_completion=False,
+        rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

@@ -41,6 +41,7 @@ def open_base(
     trust_remote_code: bool = False,
     chat_template: Path | None = None,
     auto: str = "AutoModelForCausalLM",
+    quiet: bool = False,
 ) -> Opened:
     """The base with the adapters in slots 0, 1, ...; without a name, the base that the first adapter was trained on.
 
@@ -60,7 +61,7 @@ def open_base(
         name or _base_of(loaded), dtype=dtype, device=device, auto=auto, trust_remote_code=trust_remote_code,
         chat_template=template,
     )  # fmt: skip
-    for text in base.notes:
+    for text in () if quiet else base.notes:
         note(text)
     slots = {"base": -1}
     if loaded:

@@ -26,7 +26,10 @@ def train(
     keys: Annotated[bool, typer.Option("--keys", help="List every key, its default and its meaning.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train an adapter as a configuration says; writes a run folder with the adapter and a report."""
+    """Train an adapter.
+
+    CONFIG says on what and how (--keys lists all keys); the run folder holds adapter, report and checkpoints.
+    """
     output = Output(as_json)
     if keys:
         list_keys(output)
@@ -36,9 +39,10 @@ def train(
             "no configuration is given", next_step="manylora train CONFIG.yaml; `manylora demo` writes one to start from"
         )
     from manylora.config import load_config
+    from manylora.training.console import Progress
     from manylora.training.run import train as run_training
 
-    result = run_training(load_config(config, overrides or ()), resume=resume)
+    result = run_training(load_config(config, overrides or ()), resume=resume, console=Progress())
     show_summary(output, result.run, result.summary)
     output.finish(result.summary)
 

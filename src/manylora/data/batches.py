@@ -7,14 +7,18 @@ fleet cannot change it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from manylora.data.examples import Example
 from manylora.data.packing import pack
 from manylora.types import IGNORED, Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from manylora.data.examples import Example
 
 WINDOW = 4096  # examples packed together: enough that rows fill to the brim, few enough that packing takes milliseconds
 BLOCK = 16  # unpacked rows of like length that stay together: a batch of 4, 8 or 16 rows then has little padding

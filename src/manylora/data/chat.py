@@ -83,7 +83,7 @@ class Conversation:
             tail = self.rules.decode(whole[max(start, stop - 4) : stop])
             raise RowFault(
                 "no end token",
-                f"the chat template ends turn {turn + 1} with {tail!r} and no end token, so nothing would teach the stop",
+                f"the chat template ends turn {turn + 1} with {tail!r} and no end token: nothing would teach the stop",
                 next_step="set data.chat_template to a template that writes an end token after each assistant turn",
             )
         return end
@@ -95,8 +95,8 @@ class Conversation:
         marks = [bool(mark) for mark in rendered["assistant_masks"]]
         for end, stop in ends:  # white space after the end token is never learned, marked or not
             marks[end + 1 : stop] = [False] * (stop - end - 1)
+        # From the first learned turn on: before it the template may mark turns that this row shows only.
         place = next((at for at in range(start, len(whole)) if marks[at] != trained[at]), None)
-        # Before the first learned turn the template may mark turns that this row does not learn, but no header of it.
         if place is not None:
             raise RowFault(
                 "marks disagree",

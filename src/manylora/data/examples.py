@@ -7,21 +7,23 @@ doubled BOS, an end token that no row teaches, a row longer than the limit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from manylora.data.faults import Faults, RowFault
 from manylora.data.formats import FORMATS, Format, Overflow, Shown, detect, misfit
-from manylora.data.readers import Row
 from manylora.data.tokens import Marked, TokenRules
 from manylora.errors import ConfigError, DataError, nearest_names
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+
+    from manylora.data.readers import Row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +65,7 @@ def encode(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    format: str = "auto",
+    format: str = "auto",  # noqa: A002 - the name of the configuration key
     max_length: int,
     overflow: str | None = None,
     eos_id: int | Sequence[int] | None,
@@ -92,6 +94,8 @@ def encode(
     examples, cut = _fit(rows, shown, marked, rules, how, max_length)
     _check_end_is_learned(examples, rules)
     notes = [f"format {name}: {_count(examples)}"]
+    unused = dict.fromkeys(column for row in rows for column in row.values if column not in chosen.columns)
+    notes += [f"columns not used: {', '.join(unused)}"] if unused else []
     notes += _row_notes(rows, shown) + _end_notes(marked, rules)
     if cut:
         done = "split into several examples" if how == "split" else "cut at the end"
@@ -177,8 +181,8 @@ def _fit(
         cut += 1
         match how:
             case "split":
-                for part in _parts(made, max_length):
-                    examples.append(_example(row, one, part, rules.decode(part.tokens)))
+                parts = _parts(made, max_length)
+                examples += [_example(row, one, part, rules.decode(part.tokens)) for part in parts]
             case "right":
                 part = Marked(made.tokens[:max_length], made.trained[:max_length])
                 if any(part.trained):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from manylora.data.readers import Row
 from manylora.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from manylora.data.readers import Row
 
 
 class RowFault(Exception):

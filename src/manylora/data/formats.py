@@ -6,19 +6,31 @@ So all rows are encoded in a few large calls, whatever the format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from manylora.data import chat
 from manylora.data.faults import RowFault
-from manylora.data.readers import Row
 from manylora.data.tokens import Marked, TokenRules
-from manylora.errors import DataError, nearest_names
+from manylora.errors import DataError
 from manylora.table import Table
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from manylora.data.readers import Row
+
 Overflow = Literal["error", "split", "right"]
+
+ALSO_CALLED = {
+    "prompt": ("question", "instruction", "query", "input", "source"),
+    "completion": ("answer", "response", "output", "reply", "target"),
+    "text": ("content", "document", "sentence"),
+    "messages": ("conversations", "conversation", "dialogue"),
+}
+"""Names that other data sets use for our columns; they are only proposed, never taken unasked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +99,34 @@ def detect(rows: Sequence[Row]) -> str:
 def misfit(row: Row, wanted: Format) -> RowFault:
     """The fault of a row that lacks columns of a format."""
     lacking = [column for column in wanted.columns if column not in row.values]
-    alike = {column: nearest_names(column, row.values, 1) for column in lacking}
-    renames = ", ".join(f"{column}: {(alike[column] or ['YOUR_COLUMN'])[0]}" for column in lacking)
+    alike = {column: _likely(column, row) for column in lacking}
+    renames = ", ".join(f"{column}: {alike[column] or 'YOUR_COLUMN'}" for column in lacking)
     return RowFault(
         "misfit",
         f"the columns {', '.join(row.values) or '(none)'} do not fit; the nearest format is {wanted.name}, "
         f"which lacks {', '.join(lacking)} here",
-        nearest=[names[0] for names in alike.values() if names],
+        nearest=[name for name in alike.values() if name],
         next_step=f"name your columns, data.columns: {{{renames}}}, or set data.format",
     )
 
 
+def _likely(column: str, row: Row) -> str | None:
+    """The column of a row that is most likely meant by ours: a usual name for it, or a mistyped one."""
+    usual = next((name for name in ALSO_CALLED.get(column, ()) if name in row.values), None)
+    return usual or next(iter(difflib.get_close_matches(column, list(row.values), n=1, cutoff=0.7)), None)
+
+
 def _nearest_format(row: Row) -> str:
-    """The format whose columns the row's own look most like; where none do, by what the values are."""
-
-    def likeness(name: str) -> float:
-        wanted = FORMATS.get(name).columns
-        return sum(bool(nearest_names(column, row.values, 1)) for column in wanted) / len(wanted)
-
-    best = max(FORMATS, key=likeness)
-    if likeness(best):
-        return best
+    """By columns of the same name, else by a list of objects (a conversation), by like names, by how many there are."""
+    wanted = {name: FORMATS.get(name).columns for name in FORMATS}
+    same = {name: sum(column in row.values for column in wanted[name]) for name in FORMATS}
+    alike = {name: sum(bool(_likely(column, row)) for column in wanted[name]) for name in FORMATS}
+    if any(same.values()):
+        return max(FORMATS, key=same.__getitem__)
     if any(isinstance(value, list) and value and isinstance(value[0], dict) for value in row.values.values()):
         return "messages"
+    if any(alike.values()):
+        return max(FORMATS, key=alike.__getitem__)
     return "prompt-completion" if len(row.values) > 1 else "text"
 
 

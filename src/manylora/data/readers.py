@@ -232,7 +232,7 @@ def _check_header(header: list[str], path: Path) -> None:
         raise DataError(f"{path}:1: the header names the column {repeated!r} twice")
 
 
-def _text(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _text(text: str, _path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     paragraph: list[str] = []
     start = 1
     for number, line in enumerate([*text.replace("\r\n", "\n").split("\n"), ""], start=1):

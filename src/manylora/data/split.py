@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from manylora.data.examples import Example
 from manylora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from manylora.data.examples import Example
 
 
 def split_by_group(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

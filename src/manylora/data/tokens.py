@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manylora.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
 
 TEXTS_AT_ONCE = 2048  # the fast tokenizers work on a whole list in parallel; this bounds the memory of one call

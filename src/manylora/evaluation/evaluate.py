@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,15 @@ from manylora.data.batches import Epochs, collate
 from manylora.errors import ConfigError, DataError
 from manylora.generation.decode import generate
 from manylora.generation.route import route_rows
+from manylora.ops.dropout import mix
 from manylora.tasks.task import Metrics, Sample, Task
-from manylora.types import Batch, Objective
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from manylora.base.language import LanguageBase
     from manylora.data.examples import Example
+    from manylora.types import Batch, Objective
 
 
 def evaluate_loss(
@@ -53,12 +55,12 @@ def evaluate_losses(
 ) -> list[Metrics]:
     """`evaluate_loss` of several slots, in their order; each batch holds the same rows once for every slot.
 
-    Semantics: loss = sum over examples of the objective's totals / sum of its weights, so neither the rows that examples
-    were packed into nor the batches change it. Sums are float64.
+    Semantics: loss = sum over examples of the objective's totals / sum of its weights, in float64; neither the rows
+    that examples were packed into nor the batches change it.
 
     Raises:
-        DataError: no example, or none with a trained token. RouteError: an adapter's slot and no bank, or several slots on a
-            bank of one slot (prove it first: `bank.prove()`).
+        DataError: no example, or none with a trained token.
+        RouteError: an adapter's slot and no bank; several slots on a bank that is not proven (`bank.prove()`).
     """
     if rows_per_batch < 1:
         raise ConfigError(f"rows_per_batch is {rows_per_batch}", allowed="at least 1")
@@ -80,7 +82,8 @@ def evaluate_losses(
             found = objective(base.outputs(batch), batch)
         totals += found.total.double().cpu().view(len(slots), -1).sum(dim=1)
         weights += objective.weight(batch).double().cpu().view(len(slots), -1).sum(dim=1)
-    return [_metrics(total, weight, len(examples)) for total, weight in zip(totals.tolist(), weights.tolist(), strict=True)]
+    sums = zip(totals.tolist(), weights.tolist(), strict=True)
+    return [_metrics(total, weight, len(examples)) for total, weight in sums]
 
 
 def evaluate_text(
@@ -97,9 +100,9 @@ def evaluate_text(
 ) -> tuple[Metrics, list[Sample]]:
     """The task's scores of one slot's answers, and the answers, in the order in which their inputs first come.
 
-    Examples that share a prompt are one input with several references. Examples without a prompt (plain text) have nothing
-    to answer and are left out; where all are, both results are empty. `max_inputs` takes the first inputs only. At a
-    temperature above 0, `seed` and the input's place seed each answer.
+    Examples that share a prompt are one input with several references. Examples without a prompt (plain text) have
+    nothing to answer and are left out; where all are, both results are empty. `max_inputs` takes the first inputs only.
+    At a temperature above 0, `seed` and the input's place seed each answer.
 
     Raises:
         DataError: a prompt that leaves no position for an answer. RouteError: an adapter's slot and no bank.
@@ -111,7 +114,7 @@ def evaluate_text(
         slots=[slot] * len(inputs),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        seeds=[(seed << 32) + place for place in range(len(inputs))],
+        seeds=[mix(seed, place) for place in range(len(inputs))],
         batch_rows=batch_rows,
     )
     samples = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from manylora.data.tokens import TokenRules
@@ -10,6 +9,8 @@ from manylora.errors import DataError
 from manylora.generation.decode import Generation, generate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from manylora.base.language import LanguageBase
 
 

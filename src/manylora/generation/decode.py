@@ -65,7 +65,7 @@ def generate(
     on_token: OnToken | None = None,
     batch_rows: int = 64,
 ) -> list[Generation]:
-    """One generation for each prompt, in the prompts' order; prompt r is answered by slot `slots[r]` (-1: the bare base).
+    """One generation a prompt, in the prompts' order; prompt r is answered by slot `slots[r]` (-1: the bare base).
 
     A row's answer does not depend on the rows beside it (up to rounding of the base's products). `seeds[r]` seeds row
     r's draws (None: r itself, so a call repeats). `stop_ids` None takes the base's own. `on_token(r, token)` is called
@@ -84,11 +84,15 @@ def generate(
         # Rows of one slot side by side: the bank then computes each slot's update as one run.
         batch = sorted(by_length[start : start + batch_rows], key=lambda row: row.slot)
         _decode(base, batch, sampling, stops, on_token)
-    return [Generation(tuple(row.tokens), decode_text(base.tokenizer, row.tokens), row.finished or "length") for row in rows]
+    return [_generation(base, row) for row in rows]
 
 
 def _check(
-    prompts: Sequence[Sequence[int]], slots: Sequence[int], seeds: Sequence[int] | None, max_new_tokens: int, batch_rows: int
+    prompts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    seeds: Sequence[int] | None,
+    max_new_tokens: int,
+    batch_rows: int,
 ) -> None:
     if len(slots) != len(prompts):
         raise RouteError(f"{len(slots)} slots for {len(prompts)} prompts", next_step="give one slot for each prompt")
@@ -101,7 +105,11 @@ def _check(
 
 
 def _rows(
-    base: LanguageBase, prompts: Sequence[Sequence[int]], slots: Sequence[int], seeds: Sequence[int], max_new_tokens: int
+    base: LanguageBase,
+    prompts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    seeds: Sequence[int],
+    max_new_tokens: int,
 ) -> list[_Row]:
     rows = []
     generators = row_generators(seeds)
@@ -118,6 +126,11 @@ def _rows(
             )
         rows.append(_Row(index, tokens, slot, min(max_new_tokens, room), generators[index]))
     return rows
+
+
+def _generation(base: LanguageBase, row: _Row) -> Generation:
+    assert row.finished is not None
+    return Generation(tuple(row.tokens), decode_text(base.tokenizer, row.tokens), row.finished)
 
 
 def _decode(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
-from manylora.base.frozen import FrozenModel
 from manylora.errors import RouteError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from manylora.base.frozen import FrozenModel
 
 
 def route_rows(base: FrozenModel, slots: Sequence[int]) -> AbstractContextManager[object]:

@@ -7,13 +7,17 @@ logits and on no neighbour.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from manylora.errors import ConfigError
+from manylora.ops.dropout import mix
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature!r}", allowed="0 (greedy) or above", next_step="try 0.7")
+            raise ConfigError(f"temperature is {self.temperature!r}", allowed="0 (greedy) or above")
         if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k!r}", allowed="0 (all tokens) or above", next_step="try 50")
+            raise ConfigError(f"top_k is {self.top_k!r}", allowed="0 (all tokens) or above")
         if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p is {self.top_p!r}", allowed="above 0, at most 1 (all tokens)", next_step="try 0.95")
+            raise ConfigError(f"top_p is {self.top_p!r}", allowed="above 0, at most 1 (all tokens)")
 
     @property
     def greedy(self) -> bool:
@@ -70,7 +74,8 @@ class Sampling:
 
 def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One random stream a row, on the CPU whatever the base's device, so that a seed means one thing everywhere."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    # Mixed, because torch seeds its CPU generator from the low 32 bits alone.
+    return [torch.Generator().manual_seed(mix(seed, 0) >> 1) for seed in seeds]
 
 
 def draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tasks: how a base is loaded, what is minimised, and how an answer is scored; one file each, one line in this table."""
+"""Tasks: how a base is loaded, what is minimised, how an answer is scored; one file each, one line in this table."""
 
 from manylora.table import Table
 from manylora.tasks.task import Metrics, Sample, Task

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from manylora.tasks.task import Sample
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-_NUMBERS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "center": "centre"}
+    from manylora.tasks.task import Sample
+
+_ALIKE = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "center": "centre"}
 
 _PRICE = r"(?:pric\w*|cost\w*|expens\w*)"
 _RATING = r"(?:rat(?:e|es|ed|ing|ings)|review\w*|customers?|scor\w*|stars?|starred|feedback|quality|standards?)"
@@ -27,6 +30,7 @@ def _beside(words: str, cue: str) -> str:
 
 
 _FIVE = "(?<!out of )5"  # not the last word of `1 out of 5`
+_MORE = r"more than|over|above|at least|starting at|upwards? of|exceed\w*"
 _CHEAP = rf"cheap\w*|inexpensive\w*|affordabl\w*|budget|{_beside('low|lower', _PRICE)}"
 
 # What says the same as a value, as patterns of whole words in text that `_words` has made plain.
@@ -40,7 +44,7 @@ _PHRASES = {
     ("price", "high"): rf"(?<!not )expensive|pricey|costly|upscale|{_beside('high|higher|highly', _PRICE)}",
     ("price", "less than 20"): rf"(?:less|lower|cheaper) than 20|under 20|below 20|{_CHEAP}",
     ("price", "20 25"): r"20 (?:(?:to|and|or) )?25",
-    ("price", "more than 30"): r"(?:more than|over|above|at least|starting at|upwards? of|exceed\w*) 30|30 (?:plus|and up)",
+    ("price", "more than 30"): rf"(?:{_MORE}) 30|30 (?:plus|and up)",
     ("customer rating", "low"): _beside("low|lower|poor|poorly|bad|badly|1", _RATING),
     ("customer rating", "average"): _beside("average|averagely|moderate|moderately|decent|medium|3", _RATING),
     ("customer rating", "high"): _beside("high|higher|highly|excellent|excellently|great|top|" + _FIVE, _RATING),
@@ -103,4 +107,5 @@ def _says_families(text: str) -> str | None:
 def _words(text: str) -> str:
     """Lower-case words and numbers, one space between them; accents, hyphens and signs gone."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return " ".join(_NUMBERS.get(word, word) for word in re.findall(r"[a-z0-9]+", plain))
+    words: list[str] = re.findall(r"[a-z0-9]+", plain)
+    return " ".join(_ALIKE.get(word, word) for word in words)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from manylora.tasks.task import Metrics, Sample
 from manylora.tasks.text_metrics import bleu, exact_match
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from manylora.tasks.task import Metrics, Sample
 
 
 class SupervisedFineTuning:

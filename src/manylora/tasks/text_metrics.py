@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from manylora.tasks.task import Sample
-
 if TYPE_CHECKING:
-    from sacrebleu.metrics import BLEU
+    from collections.abc import Sequence
+
+    from sacrebleu.metrics.bleu import BLEU
+
+    from manylora.tasks.task import Sample
 
 
 def bleu(samples: Sequence[Sample]) -> tuple[float, str]:
@@ -34,7 +35,7 @@ def _squeeze(text: str) -> str:
 
 
 def _prepare(samples: Sequence[Sample]) -> tuple[BLEU, list[list[Any]]]:
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     most = max(len(sample.references) for sample in samples)
     streams = [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manylora.errors import CheckpointBroken
 from manylora.training.files import raise_if_full, write_text_atomic
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 FILE_NAME = "events.jsonl"
 
@@ -35,11 +38,15 @@ class EventLog:
         """
         first = {name: fields.pop(name) for name in ("member", "step") if name in fields}
         record = {"event": event, **first, "time": time.time(), **fields}
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        end = self._stream.seek(0, os.SEEK_END)
         try:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            rest = memoryview(line.encode("utf-8"))
+            while rest:
+                rest = rest[self._stream.write(rest) :]
         except OSError as error:
+            # no half line may stay in front of the next event
+            self._stream.truncate(end)
             raise_if_full(error, self.path)
             raise
 
@@ -76,7 +83,8 @@ class EventLog:
 
     def _open(self) -> None:
         _cut_torn_line(self.path)
-        self._stream = self.path.open("a", encoding="utf-8", newline="\n")
+        # unbuffered: what a full disk refused must not be tried again by close()
+        self._stream = self.path.open("ab", buffering=0)
 
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:

@@ -10,12 +10,14 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manylora.errors import DiskFull
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
@@ -35,7 +37,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
         _sync_folder(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -86,7 +88,7 @@ def recover(folder: str | Path) -> list[str]:
     for left in sorted(folder.glob(f"{REPLACED}*")):
         target = folder / left.name.removeprefix(REPLACED).rpartition("-")[0]
         if not target.exists():
-            os.replace(left, target)
+            left.replace(target)
         touched.append(left.name)
     for left in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{REPLACED}*")]:
         if left.is_dir():
@@ -125,16 +127,16 @@ def _existing(path: Path) -> Path:
 
 def _swap_in(partial: Path, path: Path) -> None:
     if not path.exists():
-        os.replace(partial, path)
+        partial.replace(path)
         _sync_folder(path.parent)
         return
     # a folder cannot be renamed over one that has content
     replaced = _beside(path, REPLACED)
-    os.replace(path, replaced)
+    path.replace(replaced)
     try:
-        os.replace(partial, path)
+        partial.replace(path)
     except BaseException:
-        os.replace(replaced, path)
+        replaced.replace(path)
         raise
     _sync_folder(path.parent)
     shutil.rmtree(replaced)

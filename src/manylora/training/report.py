@@ -19,6 +19,7 @@ from manylora.training.page import code, folded, page, paragraph, section, table
 
 FILE_NAME = "report.html"
 MOST_SAMPLES = 24
+LONGEST_PROMPT_TO_TYPE = 160
 MOST_FAINT_CURVES = 3
 """Members up to which a noisy curve shows its single steps behind its running mean."""
 FEWEST_TO_SMOOTH = 100
@@ -156,9 +157,10 @@ def _headline(run: _Run) -> Iterator[tuple[str, str, str]]:
     peak = run.summary.get("peak_bytes", max((r.get("memory_bytes") or 0 for r in steps), default=0))
     if peak:
         yield "Peak memory", _bytes(peak), ""
-    if run.summary.get("trainable_parameters") is not None:
-        count = run.summary["trainable_parameters"]
-        yield "Parameters", short_number(count), f"{count:,} trained" if count >= 10_000 else "trained"
+    count, whole = run.summary.get("trainable_parameters"), run.summary.get("base_parameters")
+    if count is not None:
+        share = f"{count / whole:.2%} of the base's" if whole else f"{count:,} trained"
+        yield "Trained weights", short_number(count), share
 
 
 def _results(run: _Run) -> str:
@@ -236,8 +238,11 @@ def _usage(run: _Run) -> str:
         return ""
     path = str(next(iter(adapters.values())))
     folder, config = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / "config.yaml"))
+    prompt = str(run.samples[0].get("prompt", "")) if run.samples else ""
+    if not prompt.isprintable() or not 0 < len(prompt) <= LONGEST_PROMPT_TO_TYPE:
+        prompt = "..."
     commands = [
-        f"manylora chat {shlex.quote(path)}",
+        f"manylora generate --adapter {shlex.quote(path)} --with-base --prompt {shlex.quote(prompt)}",
         f"manylora evaluate {folder}",
         f"manylora train {config} --set output=runs/again",
     ]
@@ -286,7 +291,7 @@ def _title(name: str) -> str:
 
 def _eval_title(name: str) -> str:
     title = _title(name)
-    return f"Eval {title.lower() if title.istitle() else title}"
+    return f"Eval {title.lower() if title[1:].islower() else title}"
 
 
 def _figure(value: float) -> str:

@@ -10,12 +10,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from manylora.errors import ConfigError
 from manylora.table import Table
 from manylora.training.files import write_json_atomic
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROJECT = "manylora"
 """Name of the project or experiment that runs are filed under, where the tool's own settings name none."""
@@ -82,7 +84,7 @@ class Trackers:
     def _guard(self, name: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # network, quota, a server that is gone: any of it must not cost the training
+        except Exception as error:  # noqa: BLE001 - network, quota, a server gone: none may cost the training
             del self._open[name]
             self._note(f"tracker {name} failed and is off for the rest of this run: {type(error).__name__}: {error}")
 
@@ -90,7 +92,7 @@ class Trackers:
 class TensorBoard:
     """Scalars `<member>/<name>` in the run's `tensorboard/` folder; a resumed run hides what it lives through again."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int | None):
+    def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int | None):  # noqa: ARG002 - a tracker like the others
         _require("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 

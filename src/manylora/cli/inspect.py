@@ -1,0 +1,145 @@
+"""`manylora inspect`: what a base, an adapter or a run is made of."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manylora.cli.opened import Dtype, TrustRemoteCode
+from manylora.cli.output import AsJson, Output, note
+from manylora.cli.places import adapters_of, recognise
+
+if TYPE_CHECKING:
+    from manylora.types import Site
+
+
+def inspect(
+    target: Annotated[str, typer.Argument(help="A base, an adapter folder, or a run folder.")],
+    sites: Annotated[bool, typer.Option("--sites", help="List every site, not only how many there are.")] = False,
+    dtype: Dtype = "bfloat16",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a base, adapter or run holds."""
+    output, place = Output(as_json), recognise(target)
+    if place.kind == "adapter" and place.folder is not None:
+        facts = _adapter(output, place.folder, sites)
+    elif place.kind == "run" and place.folder is not None:
+        facts = _run(output, place.folder)
+    else:
+        facts = _base(output, place.name, sites, dtype, trust_remote_code)
+    output.finish({"kind": place.kind} | facts)
+
+
+def _lines(output: Output, facts: dict[str, Any]) -> None:
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        output.line(f"{name:<{width}}  {f'{value:,}' if isinstance(value, int) else value}")
+
+
+def _base(output: Output, name: str, sites: bool, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
+    from manylora.base.load import load_base
+
+    base = load_base(name, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
+    for text in base.notes:
+        note(text)
+    facts = {
+        "base": base.name,
+        "architecture": type(base.model).__name__,
+        "parameters": base.num_parameters(),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "vocabulary": base.vocabulary,
+        "positions": base.max_positions,
+        "chat template": base.template_digest is not None,
+        "packs rows": base.packs,
+        "fingerprint": base.fingerprint,
+        "folder": str(base.folder),
+    }
+    _lines(output, facts)
+    listed = [_site(site) for site in base.sites.values()]
+    output.line()
+    if sites:
+        output.table(("site", "kind", "shape", "parameters"), [tuple(site.values()) for site in listed])
+    else:
+        output.table(("sites ending in", "kind", "shape", "count", "parameters"), _by_ending(listed))
+        output.line("\neach by name: --sites")
+    return facts | {"sites": listed}
+
+
+def _site(site: Site) -> dict[str, Any]:
+    shapes = [tuple(parameter.shape) for parameter in site.module.parameters(recurse=False)]
+    kind = f"{site.kind}, head" if site.is_head else site.kind
+    kind = f"{kind}, tied to {site.tied_to}" if site.tied_to else kind
+    shape = " x ".join(map(str, shapes[0]))
+    return {"name": site.name, "kind": kind, "shape": shape, "parameters": site.num_parameters()}
+
+
+def _by_ending(sites: list[dict[str, Any]]) -> list[tuple[str, str, str, int, int]]:
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for site in sites:
+        groups[site["name"].rpartition(".")[2], site["kind"], site["shape"]].append(site["parameters"])
+    return [(*key, len(counts), sum(counts)) for key, counts in groups.items()]
+
+
+def _adapter(output: Output, folder: Path, sites: bool) -> dict[str, Any]:
+    from manylora.adapters.adapter import Adapter
+
+    adapter = Adapter.load(folder)
+    spec = adapter.spec
+    low_rank = {name: factors for name, factors in adapter.factors.items() if factors.method == "lora"}
+    ranks = Counter(factors.tensors["a"].shape[0] for factors in low_rank.values())
+    scales = sorted({round(spec.scale(name), 6) for name in low_rank})
+    facts: dict[str, Any] = {
+        "adapter": str(folder),
+        "base": adapter.base_name or "not said",
+        "fingerprint of its base": adapter.base_fingerprint or "not said",
+        "method": spec.method,
+        "sites": len(adapter.factors),
+        "whole copies": len(spec.full_sites),
+        "ranks": ", ".join(f"{rank} at {count} sites" for rank, count in sorted(ranks.items())) or "none",
+        "scales": ", ".join(f"{scale:g}" for scale in scales) or "none",
+        "dropout": spec.dropout,
+        "parameters": adapter.num_parameters(),
+        "receipt": ", ".join(adapter.receipt) or "none",
+    }
+    _lines(output, facts)
+    listed = [_factors(name, factors.tensors) for name, factors in adapter.factors.items()]
+    if sites:
+        output.line()
+        output.table(("site", "tensors", "parameters"), [tuple(site.values()) for site in listed])
+    return facts | {"spec": spec.to_dict(), "receipt": adapter.receipt, "site list": listed}
+
+
+def _factors(name: str, tensors: Any) -> dict[str, Any]:
+    shapes = ", ".join(f"{key} {' x '.join(map(str, tensor.shape))}" for key, tensor in tensors.items())
+    return {"name": name, "tensors": shapes, "parameters": sum(tensor.numel() for tensor in tensors.values())}
+
+
+def _run(output: Output, folder: Path) -> dict[str, Any]:
+    from manylora.training.events import read_events
+
+    events = read_events(folder)
+    steps = [event for event in events if event.get("event") == "step"]
+    evals = [event for event in events if event.get("event") == "eval"]
+    summary_file = folder / "summary.json"
+    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
+    retired = {event["member"]: event.get("reason", "") for event in events if event.get("event") == "retired"}
+    resumable = any((folder / "checkpoints").glob("step-*"))
+    facts: dict[str, Any] = {
+        "run": str(folder),
+        "state": "finished" if summary else "unfinished; resume it with --resume" if resumable else "unfinished",
+        "steps": max((event["step"] for event in steps), default=0),
+        "tokens": max((event.get("tokens", 0) for event in steps), default=0),
+        "last training loss": steps[-1]["loss"] if steps else None,
+        "last eval loss": evals[-1]["loss"] if evals else None,
+        "best eval loss": min((event["loss"] for event in evals), default=None),
+        "base eval loss": (summary.get("base_eval") or {}).get("loss"),
+        "retired": ", ".join(f"{name}: {why}" for name, why in retired.items()) or "none",
+    }
+    adapters = {name: str(path) for name, path in adapters_of(folder).items()}
+    _lines(output, facts | {f"adapter {name}": path for name, path in adapters.items()})
+    return facts | {"adapters": adapters, "summary": summary}
