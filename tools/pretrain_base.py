@@ -7,16 +7,16 @@ Three steps, each of which may be repeated or resumed:
     (stopped before the decay, and resumed with --length 512 --rows 24: positions up to 512 are learned in the decay)
     python tools/pretrain_base.py export  --work DIR --output src/manylora/base/builtin/tiny-en
 
-`prepare` unwraps hard-wrapped lines, cuts the books into documents that end with the end-of-text token, writes about one
-document in eight as a short conversation (self-supervised: continue a passage, repeat it, write the sentence that
-contains given words), trains the byte-level BPE tokenizer and encodes everything to `uint16` files. So every row of the
-embedding that a template or a prompt can reach has been trained; a row that was not would stay noise under LoRA for
-ever, because the base is frozen.
+`prepare` unwraps hard-wrapped lines, cuts the books into documents that end with the end-of-text token, writes about
+one paragraph in eight also as a short conversation (self-supervised: continue a passage, repeat it, write the sentence
+that contains given words), trains the byte-level BPE tokenizer and encodes everything to `uint16` files. So every row
+of the embedding that a template or a prompt can reach has been trained; a row that was not would stay noise under LoRA
+for ever, because the base is frozen.
 
-`train` keeps float32 master weights and computes in bfloat16: Muon on the matrices, AdamW on the embedding and the norms,
-warmup, constant rate, linear decay to zero from `--decay-from` on. It writes a checkpoint every `--save-every` steps and
-resumes from the last one; `--steps` and `--decay-from` may be changed between resumptions as long as the decay has not
-begun. Batches are a pure function of (seed, step, length), so a resumed run sees what an unbroken one would have seen.
+`train` keeps float32 master weights and computes in bfloat16: Muon on the matrices, AdamW on the embedding and the
+norms, warmup, constant rate, linear decay to zero from `--decay-from` on. It writes a checkpoint every `--save-every`
+steps and resumes from the last one; `--steps` and `--decay-from` may be changed between resumptions as long as the
+decay has not begun. Batches are a pure function of (seed, step, length), so a resumed run sees what an unbroken one would have seen.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import argparse
 import json
 import lzma
 import math
-import os
 import random
 import re
 import time
@@ -53,8 +52,18 @@ CHAT_TEMPLATE = (
 )
 
 # Code points whose UTF-8 bytes cover every lead and continuation byte that text in use holds.
-ALPHABETS = (9, 9, 9, *range(0xA1, 0x800), *range(0x900, 0xA00), *range(0x2010, 0x2050), *range(0x3041, 0x30FF),
-             *range(0x4E00, 0x9FFF, 7), *range(0xAC00, 0xD7A3, 9), *range(0x1F300, 0x1F650))
+ALPHABETS = (
+    9,
+    9,
+    9,
+    *range(0xA1, 0x800),
+    *range(0x900, 0xA00),
+    *range(0x2010, 0x2050),
+    *range(0x3041, 0x30FF),
+    *range(0x4E00, 0x9FFF, 7),
+    *range(0xAC00, 0xD7A3, 9),
+    *range(0x1F300, 0x1F650),
+)
 
 SYSTEM_LINES = (
     "You are a writer.",
@@ -83,7 +92,11 @@ def paragraphs(text: str) -> list[str]:
 
 
 def sentences(paragraph: str) -> list[str]:
-    return [part.strip() for part in re.split(r"(?<=[.!?][\"'”’])\s+|(?<=[.!?])\s+(?=[\"'“‘A-Z])", paragraph) if part.strip()]
+    return [
+        part.strip()
+        for part in re.split(r"(?<=[.!?][\"'”’])\s+|(?<=[.!?])\s+(?=[\"'“‘A-Z])", paragraph)
+        if part.strip()
+    ]
 
 
 def turn(role: str, content: str) -> str:
@@ -187,13 +200,13 @@ def prepare(args: argparse.Namespace) -> None:
     for name, text in (("train", train_text), ("valid", valid_text)):
         rows = list(documents(text, seed=0))
         random.Random(1).shuffle(rows)
-        with open(args.work / f"{name}.bin.partial", "wb") as file:
+        with (args.work / f"{name}.bin.partial").open("wb") as file:
             total = 0
             for start in range(0, len(rows), 4096):
                 for encoding in tokenizer.encode_batch(rows[start : start + 4096]):
                     np.array(encoding.ids, dtype=np.uint16).tofile(file)
                     total += len(encoding.ids)
-        os.replace(args.work / f"{name}.bin.partial", args.work / f"{name}.bin")
+        (args.work / f"{name}.bin.partial").replace(args.work / f"{name}.bin")
         counts[name] = {"tokens": total, "documents": len(rows), "bytes": sum(len(row.encode()) for row in rows)}
     seen = np.bincount(np.fromfile(args.work / "train.bin", dtype=np.uint16), minlength=args.vocabulary)
     counts["tokens_never_seen"] = [tokenizer.id_to_token(int(i)) for i in np.flatnonzero(seen == 0)]
@@ -304,7 +317,9 @@ def train(args: argparse.Namespace) -> None:
         for start in range(0, args.rows, micro):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits = model(input_ids=inputs[start : start + micro], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[start : start + micro].flatten())
+            loss = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), labels[start : start + micro].flatten()
+            )
             (loss / args.micro_batches).backward()
             total += loss.item() / args.micro_batches
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -323,7 +338,7 @@ def train(args: argparse.Namespace) -> None:
                 "tokens": (step + 1) * args.rows * args.length,
             }
             torch.save(state, checkpoint.with_suffix(".partial"))
-            os.replace(checkpoint.with_suffix(".partial"), checkpoint)
+            checkpoint.with_suffix(".partial").replace(checkpoint)
         if (step + 1) % (args.save_every * 2) == 0:
             print(f"step {step} held-out {held_out(model, valid, args.length, 64):.4f}", flush=True)
 

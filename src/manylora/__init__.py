@@ -71,8 +71,8 @@ def train(
 ) -> Result:
     """The run folder and summary of one trained adapter.
 
-    `config` is a YAML file, a mapping of the same keys, or a `Config`; `overrides` are laid over it as `{"a.b": value}` or
-    `["a.b=value"]`. `resume` goes on from the last checkpoint of the output folder.
+    `config` is a YAML file, a mapping of the same keys, or a `Config`; `overrides` are laid over it as
+    `{"a.b": value}` or `["a.b=value"]`. `resume` goes on from the last checkpoint of the output folder.
 
     Raises:
         UserError: a mistake in the configuration, the data or the base; the message says what to change.

@@ -49,7 +49,7 @@ def _in_table(kind: str, *, besides: Sequence[str] = ()) -> AfterValidator:
 def _whole(value: Any) -> Any:
     """Whole numbers however they are written (8, 8.0, 1e3), and not true or false."""
     if isinstance(value, bool):
-        raise ValueError("a whole number")
+        raise ValueError("a whole number")  # noqa: TRY004 - pydantic collects ValueError alone
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -72,7 +72,7 @@ def _device(name: str) -> str:
 
 
 def _several(value: Any) -> Any:
-    """One name, names with commas between them, or a list, as a list. A regular expression may hold commas of its own."""
+    """One name, names with commas between them, or a list, as a list; a regular expression keeps its commas."""
     if isinstance(value, str):
         return [value] if value.startswith("re:") else [part.strip() for part in value.split(",") if part.strip()]
     return value
@@ -109,17 +109,20 @@ class DataConfig(Section):
 
     train: Paths = Field(min_length=1, description="training files: a path or a list of paths")
     eval: Annotated[Paths, BeforeValidator(_or_none)] = Field(
-        (), description="held-out files; or give eval_fraction", validate_default=True
+        default=(), description="held-out files; or give eval_fraction", validate_default=True
     )
     eval_fraction: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
-        None, description="share of the training rows held out; rows that share a prompt stay together"
+        default=None, description="share of the training rows held out; rows that share a prompt stay together"
     )
-    format: Annotated[str, _in_table("format", besides=("auto",))] = Field("auto", description="how a row is read")
-    columns: dict[str, str] = Field({}, description="renames columns: {prompt: question, completion: answer}")
+    format: Annotated[str, _in_table("format", besides=("auto",))] = Field(
+        default="auto", description="how a row is read"
+    )
+    columns: dict[str, str] = Field(default={}, description="renames columns: {prompt: question, completion: answer}")
     overflow: Literal["error", "split", "right"] | None = Field(
-        None, description="rows above row_tokens: error, split or cut on the right; default split for text, else error"
+        default=None,
+        description="rows above row_tokens: error, split or cut on the right; default split for text, else error",
     )
-    chat_template: Path | None = Field(None, description="a file with a chat template, where the base has none")
+    chat_template: Path | None = Field(default=None, description="a file with a chat template, where the base has none")
 
     @model_validator(mode="after")
     def _one_eval(self) -> Self:
@@ -131,26 +134,40 @@ class DataConfig(Section):
 class AdapterConfig(Section):
     """`adapter`: what is trained."""
 
-    method: Annotated[str, _in_table("method")] = Field("lora", description="how a site is changed")
-    rank: Whole = Field(16, description="rank of the low-rank change, at least 1; capped where a site is smaller")
-    alpha: Number = Field(32.0, description="scale of the change, above 0; see scale_rule")
-    sites: Names = Field(("all-linear",), description="sites: endings of names, globs, re:..., all-linear, everything")
-    exclude: Names = Field((), description="sites to leave out, by the same patterns")
-    layers: Annotated[tuple[Whole, ...], BeforeValidator(_alone)] | None = Field(
-        None, description="only these layers, by index from 0"
+    method: Annotated[str, _in_table("method")] = Field(default="lora", description="how a site is changed")
+    rank: Whole = Field(
+        default=16, description="rank of the low-rank change, at least 1; capped where a site is smaller"
     )
-    full_sites: Names = Field((), description="sites trained as whole copies: heads")
-    rank_pattern: dict[str, Whole] = Field({}, description="ranks by the end of a site's name")
-    alpha_pattern: dict[str, Number] = Field({}, description="alphas by the end of a site's name")
-    dropout: Number = Field(0.0, description="dropout of the low-rank branch's input, from 0 to below 1")
-    init: Annotated[str, _in_table("init")] = Field("default", description="where the factors start")
-    scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = Field("alpha/rank", description="the scale at a site")
-    from_: Path | None = Field(None, alias="from", description="an adapter folder to continue")
+    alpha: Number = Field(default=32.0, description="scale of the change, above 0; see scale_rule")
+    sites: Names = Field(
+        default=("all-linear",), description="sites: endings of names, globs, re:..., all-linear, everything"
+    )
+    exclude: Names = Field(default=(), description="sites to leave out, by the same patterns")
+    layers: Annotated[tuple[Whole, ...], BeforeValidator(_alone)] | None = Field(
+        default=None, description="only these layers, by index from 0"
+    )
+    full_sites: Names = Field(default=(), description="sites trained as whole copies: heads")
+    rank_pattern: dict[str, Whole] = Field(default={}, description="ranks by the end of a site's name")
+    alpha_pattern: dict[str, Number] = Field(default={}, description="alphas by the end of a site's name")
+    dropout: Number = Field(default=0.0, description="dropout of the low-rank branch's input, from 0 to below 1")
+    init: Annotated[str, _in_table("init")] = Field(default="default", description="where the factors start")
+    scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = Field(
+        default="alpha/rank", description="the scale at a site"
+    )
+    from_: Path | None = Field(default=None, alias="from", description="an adapter folder to continue")
+
+    def spec(self) -> AdapterSpec:
+        """The adapter that is asked for.
+
+        Raises:
+            SpecError: a value out of range.
+        """
+        return AdapterSpec(**{name: getattr(self, name) for name in type(self).model_fields if name != "from_"})
 
     @model_validator(mode="after")
     def _is_a_spec(self) -> Self:
         try:
-            to_spec(self)
+            self.spec()
         except ConfigError as error:
             raise type(error)(
                 f"adapter.{error.what}", nearest=error.nearest, allowed=error.allowed, next_step=error.next_step
@@ -161,26 +178,38 @@ class AdapterConfig(Section):
 class TrainConfig(Section):
     """`train`: the optimiser and its steps."""
 
-    learning_rate: Annotated[Number, Field(gt=0)] = Field(2e-4, description="peak learning rate")
-    schedule: Annotated[str, _in_table("schedule")] = Field("cosine", description="course of the learning rate")
-    warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(0.03, description="share of the steps spent warming up")
-    warmup_steps: Annotated[Whole, Field(ge=0)] | None = Field(None, description="steps of warmup; replaces warmup_ratio")
-    min_rate_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(0.0, description="last rate as a share of the peak")
-    epochs: Annotated[Number, Field(gt=0)] = Field(3.0, description="passes over the training data; may be a fraction")
-    steps: Annotated[Whole, Field(ge=1)] | None = Field(None, description="optimiser steps; replaces epochs")
-    row_tokens: Annotated[Whole, Field(ge=8)] = Field(512, description="tokens of a packed row, the longest sequence")
-    rows_per_step: Annotated[Whole, Field(ge=1)] = Field(4, description="rows of one optimiser step")
+    learning_rate: Annotated[Number, Field(gt=0)] = Field(default=2e-4, description="peak learning rate")
+    schedule: Annotated[str, _in_table("schedule")] = Field(default="cosine", description="course of the learning rate")
+    warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(
+        default=0.03, description="share of the steps spent warming up"
+    )
+    warmup_steps: Annotated[Whole, Field(ge=0)] | None = Field(
+        default=None, description="steps of warmup; replaces warmup_ratio"
+    )
+    min_rate_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(
+        default=0.0, description="last rate as a share of the peak"
+    )
+    epochs: Annotated[Number, Field(gt=0)] = Field(
+        default=3.0, description="passes over the training data; may be a fraction"
+    )
+    steps: Annotated[Whole, Field(ge=1)] | None = Field(default=None, description="optimiser steps; replaces epochs")
+    row_tokens: Annotated[Whole, Field(ge=8)] = Field(
+        default=512, description="tokens of a packed row, the longest sequence"
+    )
+    rows_per_step: Annotated[Whole, Field(ge=1)] = Field(default=4, description="rows of one optimiser step")
     accumulate: Annotated[Whole, Field(ge=1)] = Field(
-        1, description="micro-batches that a step is computed in; changes memory, not the result"
+        default=1, description="micro-batches that a step is computed in; changes memory, not the result"
     )
-    optimizer: Annotated[str, _in_table("optimizer")] = Field("adamw", description="the optimiser")
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
+    optimizer: Annotated[str, _in_table("optimizer")] = Field(default="adamw", description="the optimiser")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="decay of the optimiser's two averages"
+        default=(0.9, 0.999), description="decay of the optimiser's two averages"
     )
-    epsilon: Annotated[Number, Field(gt=0)] = Field(1e-8, description="the optimiser's epsilon")
-    clip_norm: Annotated[Number, Field(gt=0)] | None = Field(1.0, description="gradient norm to clip at; null: off")
-    seed: Annotated[Whole, Field(ge=0)] = Field(0, description="decides data order, init and dropout")
+    epsilon: Annotated[Number, Field(gt=0)] = Field(default=1e-8, description="the optimiser's epsilon")
+    clip_norm: Annotated[Number, Field(gt=0)] | None = Field(
+        default=1.0, description="gradient norm to clip at; null: off"
+    )
+    seed: Annotated[Whole, Field(ge=0)] = Field(default=0, description="decides data order, init and dropout")
 
     @model_validator(mode="after")
     def _micro_batches_hold_rows(self) -> Self:
@@ -195,21 +224,27 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """`evaluate`: how the held-out rows are used."""
 
-    every_steps: Annotated[Whole, Field(ge=1)] | None = Field(None, description="steps between evaluations; null: each epoch")
-    max_new_tokens: Annotated[Whole, Field(ge=1)] = Field(128, description="length limit of a generated answer")
-    temperature: Annotated[Number, Field(ge=0)] = Field(0.0, description="sampling temperature; 0: greedy")
-    samples: Annotated[Whole, Field(ge=0)] = Field(5, description="answers shown before and after")
-    max_examples: Annotated[Whole, Field(ge=1)] | None = Field(None, description="evaluate at most so many examples")
+    every_steps: Annotated[Whole, Field(ge=1)] | None = Field(
+        default=None, description="steps between evaluations; null: each epoch"
+    )
+    max_new_tokens: Annotated[Whole, Field(ge=1)] = Field(default=128, description="length limit of a generated answer")
+    temperature: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="sampling temperature; 0: greedy")
+    samples: Annotated[Whole, Field(ge=0)] = Field(default=5, description="answers shown before and after")
+    max_examples: Annotated[Whole, Field(ge=1)] | None = Field(
+        default=None, description="evaluate at most so many examples"
+    )
 
 
 class CheckpointConfig(Section):
     """`checkpoint`: what is kept on disk, and which state is the result."""
 
-    every_steps: Annotated[Whole, Field(ge=1)] | None = Field(100, description="steps between checkpoints; null: only the last")
-    keep: Annotated[Whole, Field(ge=1)] = Field(2, description="checkpoints kept")
-    select: Literal["eval_loss", "last"] = Field("eval_loss", description="which state is saved as the adapter")
+    every_steps: Annotated[Whole, Field(ge=1)] | None = Field(
+        default=100, description="steps between checkpoints; null: only the last"
+    )
+    keep: Annotated[Whole, Field(ge=1)] = Field(default=2, description="checkpoints kept")
+    select: Literal["eval_loss", "last"] = Field(default="eval_loss", description="which state is saved as the adapter")
     early_stop_patience: Annotated[Whole, Field(ge=1)] | None = Field(
-        None, description="stop after so many evaluations without a better loss"
+        default=None, description="stop after so many evaluations without a better loss"
     )
 
 
@@ -217,17 +252,24 @@ class Config(Section):
     """A run: everything but `base`, `data.train` and `output` has a default."""
 
     base: str = Field(min_length=1, description="builtin:tiny-en, a Hugging Face folder, or a hub id")
-    dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field("bfloat16", description="of the frozen base")
-    device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
-    trust_remote_code: bool = Field(False, description="run code that comes with the base; never remembered")
-    task: Annotated[str, _in_table("task")] = Field("sft", description="what is learned and how it is scored")
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
+        default="bfloat16", description="of the frozen base"
+    )
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        default="auto", description="auto, cpu, cuda, cuda:1 or mps"
+    )
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the base; never remembered")
+    task: Annotated[str, _in_table("task")] = Field(default="sft", description="what is learned and how it is scored")
     data: DataConfig = Field(description="what is learned from")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="what is trained")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the optimiser and its steps")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="how held-out rows are used")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="what is kept on disk")
-    track: Annotated[tuple[Annotated[str, _in_table("track")], ...], BeforeValidator(_several), BeforeValidator(_or_none)] = (
-        Field(("tensorboard",), description="where curves go besides events.jsonl: tensorboard, wandb, mlflow, trackio")
+    track: Annotated[
+        tuple[Annotated[str, _in_table("track")], ...], BeforeValidator(_several), BeforeValidator(_or_none)
+    ] = Field(
+        default=("tensorboard",),
+        description="where curves go besides events.jsonl: tensorboard, wandb, mlflow, trackio",
     )
     output: Path = Field(description="the run's folder; never reused silently")
 
@@ -250,19 +292,7 @@ class Config(Section):
         return config_text.dump(self.to_dict())
 
 
-def to_spec(adapter: AdapterConfig) -> AdapterSpec:
-    """The adapter that a configuration asks for.
-
-    Raises:
-        SpecError: a value out of range.
-    """
-    values = {name: getattr(adapter, name) for name in type(adapter).model_fields if name != "from_"}
-    return AdapterSpec(**values)
-
-
-def load_config(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
-) -> Config:
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
     """A checked configuration from a YAML file or a mapping, with `a.b=v` texts or `{"a.b": v}` laid over it.
 
     Raises:

@@ -137,7 +137,9 @@ def _one(detail: Mapping[str, Any], known: Sequence[str], where: str) -> ConfigE
     if kind == "extra_forbidden":
         return unknown_key(path, value, known)
     if kind == "missing" and isinstance(detail["loc"][-1], int):
-        return ConfigError(f"{_path(detail['loc'][:-1])} is {_shown(value)}", allowed=f"at least {detail['loc'][-1] + 1} entries")
+        return ConfigError(
+            f"{_path(detail['loc'][:-1])} is {_shown(value)}", allowed=f"at least {detail['loc'][-1] + 1} entries"
+        )
     if kind == "missing":
         return ConfigError(f"{path!r} is not given in {where}", next_step=f"add it there, or --set {path}=...")
     own = context.get("error")

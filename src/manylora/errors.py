@@ -9,7 +9,9 @@ from collections.abc import Iterable
 class ManyloraError(Exception):
     """The root of the tree. `str(error)` is the message in full: the first line, then what may help."""
 
-    def __init__(self, what: str, *, nearest: Iterable[str] = (), allowed: str | None = None, next_step: str | None = None):
+    def __init__(
+        self, what: str, *, nearest: Iterable[str] = (), allowed: str | None = None, next_step: str | None = None
+    ):
         self.what = what
         self.nearest = tuple(nearest)
         self.allowed = allowed

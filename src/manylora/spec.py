@@ -51,7 +51,10 @@ class AdapterSpec:
         for where, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise SpecError(f"{where} is {rank!r}", allowed="a whole number of at least 1", next_step="try 8 or 16")
-        alphas = {"alpha": self.alpha, **{f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()}}
+        alphas = {
+            "alpha": self.alpha,
+            **{f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()},
+        }
         for where, alpha in alphas.items():
             if not math.isfinite(alpha) or alpha <= 0:
                 raise SpecError(f"{where} is {alpha!r}", allowed="a finite number above 0", next_step="try 2 * rank")

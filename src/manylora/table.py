@@ -12,7 +12,7 @@ Entry = TypeVar("Entry")
 
 
 class Table(Generic[Entry]):
-    """Names and where their objects live (`package.module:attribute`); an entry is imported when it is first asked for."""
+    """Names and where their objects live (`package.module:attribute`); an entry is imported when first asked for."""
 
     def __init__(self, kind: str, entries: Mapping[str, str]):
         self.kind = kind

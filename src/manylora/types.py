@@ -59,7 +59,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The small tensors of one method at one site: for `lora` a (R, I) and b (O, R), for `full` a copy per parameter."""
+    """One method's small tensors at one site: for `lora` a (R, I) and b (O, R), for `full` a copy per parameter."""
 
     method: str
     tensors: Mapping[str, Tensor]
@@ -73,8 +73,8 @@ class Stack:
     """The factors of several slots at one site, by one method and of one shape class.
 
     `tensors[name]` is (P, ...): one place per slot that adapts this site, zero-padded to the class's rank. The tensors
-    are float32 leaves that require gradients. `slots[p]` is the slot that owns place p (-1: free), `ranks[p]`, `scales[p]`
-    and `dropouts[p]` are its rank, its factor s and its dropout probability.
+    are float32 leaves that require gradients. `slots[p]` is the slot that owns place p (-1: free), `ranks[p]`,
+    `scales[p]` and `dropouts[p]` are its rank, its factor s and its dropout probability.
     """
 
     site: Site
@@ -134,10 +134,12 @@ class Method(Protocol):
     def init(self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator) -> Factors: ...
 
     def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:
-        """The dense change of each parameter of the site's module, in that parameter's own layout, float32 or better."""
+        """The dense change of each parameter of the site's module, in its own layout, float32 or better."""
         ...
 
-    def forward(self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]
+    ) -> Tensor:
         """The site's output for the whole batch.
 
         `y` is the output so far; None asks the method to compute the base's own part too. `uses` are all stacks of this
@@ -179,8 +181,13 @@ class RowTotals:
 class Outputs(Protocol):
     """The base's outputs, before anything of the size tokens x vocabulary exists."""
 
-    def map_supervised(self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Sums by row of `fn(logits (n, V), labels (n,)) -> {name: (n,)}` over the positions whose label is not IGNORED."""
+    def map_supervised(
+        self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Sums by row of `fn(logits (n, V), labels (n,)) -> {name: (n,)}` over the supervised positions.
+
+        A position is supervised where its label is not IGNORED.
+        """
         ...
 
 

@@ -38,14 +38,18 @@ def test_a_base_that_mixes_packed_sequences_is_padded(make_base) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunked_loss_equals_cross_entropy_of_the_models_own_logits(kind, make_base, make_examples, monkeypatch) -> None:
+def test_chunked_loss_equals_cross_entropy_of_the_models_own_logits(
+    kind, make_base, make_examples, monkeypatch
+) -> None:
     monkeypatch.setattr(language, "CHUNK_ELEMENTS", 97 * 5)
     base = make_base(kind, torch.float64)
     examples = make_examples(6)
     batch = collate([[e] for e in examples], width=32, pad_id=0, packed=False, slots=[-1] * 6)
     logits = base.model(**batch.inputs).logits
     labels = batch.targets["labels"]
-    want = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+    want = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    ).sum(1)
     got = OBJECTIVES.get("causal-lm")(base.outputs(batch), batch)
     torch.testing.assert_close(got.total, want)
     assert OBJECTIVES.get("causal-lm").weight(batch).tolist() == labels.ne(IGNORED).sum(1).tolist()

@@ -39,6 +39,9 @@ class Memory:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def stage(self, text: str) -> None:
+        pass
+
     def losses(self, member: str) -> list[float]:
         return [e["loss"] for e in self.events if e["event"] == "step" and e["member"] == member]
 
@@ -49,7 +52,9 @@ def member(name: str, slot: int, examples: list, *, spec: AdapterSpec, seed: int
     return Member(name=name, slot=slot, seed=seed, spec=spec, recipe=recipe, epochs=epochs, eval_examples=held_out)
 
 
-def loop_of(base, members: list[Member], dtype: torch.dtype, checkpoints: Checkpoints | None = None, every=None) -> Loop:
+def loop_of(
+    base, members: list[Member], dtype: torch.dtype, checkpoints: Checkpoints | None = None, every=None
+) -> Loop:
     bank = Bank(base, num_slots=max(m.slot for m in members) + 1, dtype=dtype)
     for each in members:
         bank.put(Adapter.new(base, each.spec, seed=each.seed), slot=each.slot)
@@ -69,7 +74,9 @@ def test_accumulating_micro_batches_equals_one_big_batch(accumulate, make_base, 
     examples = make_examples(30)
     found = []
     for parts in (1, accumulate):
-        loop = loop_of(make_base(dtype=torch.float64), [member("m", 0, examples, spec=SPEC, accumulate=parts)], torch.float64)
+        loop = loop_of(
+            make_base(dtype=torch.float64), [member("m", 0, examples, spec=SPEC, accumulate=parts)], torch.float64
+        )
         loop.run()
         found.append((final(loop, 0), loop.recorder.losses("m")))
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
@@ -99,7 +106,11 @@ def test_sites_that_no_gradient_reaches_are_named(make_base, make_examples) -> N
 
 FLEET = (
     {"spec": AdapterSpec(rank=2, dropout=0.1), "seed": 1, "total_steps": 8},
-    {"spec": AdapterSpec(rank=8, sites=("q_proj", "down_proj"), full_sites=("norm",)), "seed": 2, "learning_rate": 3e-3},
+    {
+        "spec": AdapterSpec(rank=8, sites=("q_proj", "down_proj"), full_sites=("norm",)),
+        "seed": 2,
+        "learning_rate": 3e-3,
+    },
     {"spec": AdapterSpec(rank=16, dropout=0.2, scale_rule="alpha/sqrt(rank)"), "seed": 3, "rows_per_step": 2},
 )
 
@@ -224,8 +235,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path, make_base, make_examples) -> No
 
 
 def test_early_stop_and_the_best_state(make_base, make_examples) -> None:
-    own = member("m", 0, make_examples(8), spec=replace(SPEC, dropout=0.0), learning_rate=0.5, total_steps=40, schedule="constant",
-                 held_out=make_examples(6, seed=5), evaluate_every=1, patience=3)  # fmt: skip
+    changes = {"learning_rate": 0.5, "total_steps": 40, "schedule": "constant", "evaluate_every": 1, "patience": 3}
+    spec, held_out = replace(SPEC, dropout=0.0), make_examples(6, seed=5)
+    own = member("m", 0, make_examples(8), spec=spec, held_out=held_out, **changes)
     loop = loop_of(make_base(), [own], torch.float32)
     loop.run()
     assert own.state == "stopped"
@@ -235,7 +247,9 @@ def test_early_stop_and_the_best_state(make_base, make_examples) -> None:
     loop.bank.put(replace(loop.bank.get(0), factors=loop.best["m"]), slot=0)
     from manylora.evaluation.evaluate import evaluate_loss
 
-    again = evaluate_loss(loop.base, own.eval_examples, slot=0, row_tokens=32, rows_per_batch=4, objective=loop.objective)
+    again = evaluate_loss(
+        loop.base, own.eval_examples, slot=0, row_tokens=32, rows_per_batch=4, objective=loop.objective
+    )
     assert again["loss"] == pytest.approx(own.best_loss)
 
 

@@ -78,7 +78,9 @@ class Adapter:
             base.fingerprint,
             capped=capped,
             kinds={site.name: site.kind for site in picked if site.kind != "linear"},
-            tied={name: site.tied_to for name, site in full.items() if site.tied_to is not None and site.tied_to in full},
+            tied={
+                name: site.tied_to for name, site in full.items() if site.tied_to is not None and site.tied_to in full
+            },
             task_type=task_type_of(base.model, base.sites, full),
         )
 

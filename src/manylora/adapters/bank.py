@@ -5,20 +5,24 @@ There are no modes. Training one adapter, many, the bare base, or a mixture is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.receipt import check_base
 from manylora.base.frozen import FrozenModel
 from manylora.errors import AdapterBroken, BaseMismatch, RouteError, SpecError, nearest_names
 from manylora.methods import METHODS
-from manylora.types import Factors, Segment, Site, Stack, Use
+from manylora.types import Factors, Method, Segment, Site, Stack, Use
+
+MAX_PLANS = 8192
+"""Plans (which places change which items of a site) that are remembered, so that decoding finds them at each token."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +35,6 @@ class Route:
     slots: tuple[int, ...]
     streams: tuple[int, ...] | None = None
     counts: tuple[int, ...] | None = None
-    _uses: dict[tuple[str, int], list] = field(default_factory=dict, repr=False)
 
     def bounds(self, items: int, site: str) -> list[int]:
         """Where each row begins among a site's items; one number more than rows."""
@@ -55,11 +58,13 @@ class Route:
 class Bank:
     """Stacked factors for `num_slots` adapters on one base.
 
-    `max_rank` refuses adapters above it (None: any). `dtype` is that of the factors. While a bank is open, every call of
-    the base's model must lie within `route`.
+    `max_rank` refuses adapters above it (None: any). `dtype` is that of the factors. While a bank is open, every call
+    of the base's model must lie within `route`.
     """
 
-    def __init__(self, base: FrozenModel, *, num_slots: int = 1, max_rank: int | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, base: FrozenModel, *, num_slots: int = 1, max_rank: int | None = None, dtype: torch.dtype = torch.float32
+    ):
         if num_slots < 1:
             raise SpecError(f"num_slots is {num_slots}", allowed="at least 1")
         if base.bank is not None:
@@ -72,7 +77,7 @@ class Bank:
         self.stacks: dict[tuple[str, str, int], Stack] = {}
         self._adapters: dict[int, Adapter] = {}
         self._by_site: dict[str, list[Stack]] = {}
-        self._version = 0
+        self._plans: dict[tuple, list[tuple[Method, list[Use]]]] = {}
         self._proven: set[str] | None = None
         base.bank = self
         for site in base.sites.values():
@@ -108,7 +113,7 @@ class Bank:
         for name, factors in adapter.factors.items():
             self._place(self.base.sites[name], factors, adapter, slot)
         self._adapters[slot] = adapter
-        self._version += 1
+        self._plans.clear()
 
     def get(self, slot: int) -> Adapter:
         """The adapter in a slot with its present factors, on the CPU; padding is left out.
@@ -138,11 +143,13 @@ class Bank:
                     tensor[place].zero_()
             stack.slots[place] = -1
         self._adapters.pop(slot, None)
-        self._version += 1
+        self._plans.clear()
 
     def places(self, slot: int) -> list[tuple[Stack, int]]:
         """The stacks that hold a slot's factors, and its place in each."""
-        return [(stack, place) for stack in self.stacks.values() for place, own in enumerate(stack.slots) if own == slot]
+        return [
+            (stack, place) for stack in self.stacks.values() for place, own in enumerate(stack.slots) if own == slot
+        ]
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
@@ -154,7 +161,8 @@ class Bank:
         if missing or not adapter.factors:
             first = missing[0] if missing else "nothing"
             raise BaseMismatch(
-                f"{len(missing)} of the adapter's {len(adapter.factors)} sites are not in this base, the first is {first!r}",
+                f"{len(missing)} of the adapter's {len(adapter.factors)} sites are not in this base, "
+                f"the first is {first!r}",
                 nearest=nearest_names(first, known),
                 next_step="compare `manylora inspect ADAPTER` with `manylora inspect BASE --sites`",
             )
@@ -225,7 +233,9 @@ class Bank:
         for slot in set(route.slots):
             if slot != -1 and slot not in self._adapters:
                 self._check_slot(slot)
-                raise RouteError(f"slot {slot} is empty", next_step="bank.put(adapter, slot=...), or -1 for the bare base")
+                raise RouteError(
+                    f"slot {slot} is empty", next_step="bank.put(adapter, slot=...), or -1 for the bare base"
+                )
         if route.streams is not None and len(route.streams) != len(route.slots):
             raise RouteError(f"{len(route.streams)} streams for {len(route.slots)} rows")
         before, self.route_now = self.route_now, route
@@ -244,18 +254,22 @@ class Bank:
             RouteError: the base offers no example inputs.
         """
         if self.base.example is None:
-            raise RouteError("this base has no example inputs", next_step="FrozenModel(module, example=lambda rows: {...})")
+            raise RouteError(
+                "this base has no example inputs", next_step="FrozenModel(module, example=lambda rows: {...})"
+            )
         inputs = self.base.example(3)
         together = self._record(inputs)
         alone = [self._record({key: value[row : row + 1] for key, value in inputs.items()}) for row in range(3)]
         self._proven = {name for name in together if _rows_lead(together[name], [seen.get(name) for seen in alone])}
 
-    def _record(self, inputs: dict[str, Tensor] | Any) -> dict[str, list[Tensor]]:
+    def _record(self, inputs: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """The inputs of every site in one forward of the bare base, by name."""
         seen: dict[str, list[Tensor]] = {}
-        handles = [
-            site.module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach()))
-            for name, site in self.base.sites.items()
-        ]
+
+        def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.setdefault(name, []).append(args[0].detach())
+
+        handles = [site.module.register_forward_pre_hook(partial(keep, name)) for name, site in self.base.sites.items()]
         try:
             with torch.no_grad(), self.route((-1,)):
                 self.base.model(**inputs)
@@ -264,23 +278,28 @@ class Bank:
                 handle.remove()
         return seen
 
-    def uses(self, site: Site, x: Tensor) -> list[tuple[Any, list[Use]]]:
+    def uses(self, site: Site, x: Tensor) -> list[tuple[Method, list[Use]]]:
         """Which stacks change this site's output for the present route, and where; by method, replacing ones last."""
         route = self.route_now
         if route is None:
             raise RouteError(
-                f"{site.name!r} was run without a route", next_step="with bank.route([slot of each row]): base.model(...)"
+                f"{site.name!r} was run without a route",
+                next_step="with bank.route([slot of each row]): base.model(...)",
             )
         stacks = self._by_site.get(site.name)
         if not stacks:
             return []
-        key = (site.name, x.numel() * 8 + x.dim() + (self._version << 48))
-        found = route._uses.get(key)
+        if route.streams is not None:
+            return self._plan(route, site, stacks, x)
+        key = (site.name, route.slots, route.counts, tuple(x.shape))
+        found = self._plans.get(key)
         if found is None:
-            found = route._uses[key] = self._plan(route, site, stacks, x)
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            found = self._plans[key] = self._plan(route, site, stacks, x)
         return found
 
-    def _plan(self, route: Route, site: Site, stacks: list[Stack], x: Tensor) -> list[tuple[Any, list[Use]]]:
+    def _plan(self, route: Route, site: Site, stacks: list[Stack], x: Tensor) -> list[tuple[Method, list[Use]]]:
         by_method: dict[str, list[Use]] = {}
         mixed = len(set(route.slots)) > 1
         for stack in stacks:
@@ -289,7 +308,8 @@ class Bank:
                 continue
             if mixed and route.counts is None and (self._proven is None or site.name not in self._proven):
                 raise RouteError(
-                    f"{site.name!r} has not been shown to see the batch's rows one after another, so slots cannot be mixed there",
+                    f"{site.name!r} has not been shown to see the batch's rows one after another, "
+                    "so slots cannot be mixed there",
                     next_step="leave the site out, or give FrozenModel an example and call bank.prove()",
                 )
             items = METHODS.get(stack.method).num_items(site, x)
@@ -324,7 +344,9 @@ def _segments(route: Route, edges: list[int], place_of: dict[int, int]) -> list[
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    return len(shape) == len(wanted) and all(size == want or want == 0 for size, want in zip(shape, wanted, strict=True))
+    return len(shape) == len(wanted) and all(
+        size == want or want == 0 for size, want in zip(shape, wanted, strict=True)
+    )
 
 
 def _rows_lead(together: list[Tensor], alone: list[list[Tensor] | None]) -> bool:

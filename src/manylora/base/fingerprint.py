@@ -12,7 +12,14 @@ from manylora.base.frozen import combine_digests
 from manylora.errors import BaseBroken
 
 # Keys of config.json that say how a folder was written or is to be loaded, not what the model is.
-_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
+_NOT_ARCHITECTURE = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "_attn_implementation",
+)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -27,7 +34,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise BaseBroken(
             f"{folder} holds no weights" + (f" but pickled ones ({pickled[0]})" if pickled else ""),
             allowed="*.safetensors",
-            next_step="save the model again with model.save_pretrained(folder)" if pickled else "copy the weights there",
+            next_step="save the model again with model.save_pretrained(folder)"
+            if pickled
+            else "copy the weights there",
         )
     return files
 
@@ -82,8 +91,8 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def _cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "manylora" / "fingerprints.json"
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "manylora" / "fingerprints.json"
 
 
 def _cache_read() -> dict[str, str]:
@@ -100,6 +109,6 @@ def _cache_write(entries: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(entries), encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError:
         return  # a home that cannot be written costs a hash at the next load, nothing else

@@ -87,7 +87,9 @@ def choose_device(device: str) -> tuple[Any, str]:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {device!r} cannot be used: {reason}", allowed="auto, cpu, cuda, cuda:N, mps") from error
+        raise ConfigError(
+            f"device {device!r} cannot be used: {reason}", allowed="auto, cpu, cuda, cuda:N, mps"
+        ) from error
     return chosen, f"device {device}: as asked"
 
 
@@ -153,7 +155,9 @@ def load_base(
     if chat_template is not None:
         path = Path(chat_template)
         if not path.is_file():
-            raise BaseNotFound(f"no chat template at {str(path)!r}", next_step="give a file that holds a Jinja template")
+            raise BaseNotFound(
+                f"no chat template at {str(path)!r}", next_step="give a file that holds a Jinja template"
+            )
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     return LanguageBase(
         model.to(chosen_device),

@@ -62,7 +62,7 @@ def _matcher(pattern: str):
 
 
 def layer_of(name: str) -> int | None:
-    """The index of the layer that a site lies in: the first number in its name, as PEFT's `layers_to_transform` reads it."""
+    """The layer that a site lies in: the first number in its name, as PEFT's `layers_to_transform` reads it."""
     match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", "." + name)
     return int(match["index"]) if match else None
 
@@ -95,7 +95,8 @@ def match_sites(
             wrong = [site for site in found if site.kind not in kinds]
             if wrong and not [site for site in found if site.kind in kinds]:
                 raise SiteNotFound(
-                    f"{pattern!r} names {wrong[0].name!r}, a {type(wrong[0].module).__name__}, which this method cannot adapt",
+                    f"{pattern!r} names {wrong[0].name!r}, a {type(wrong[0].module).__name__}, "
+                    "which this method cannot adapt",
                     allowed=f"sites of kind {', '.join(kinds)}",
                     next_step="train a copy of it: add it to full_sites",
                 )

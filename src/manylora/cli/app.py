@@ -51,7 +51,7 @@ def build() -> Any:
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; also MANYLORA_DEBUG=1.")] = False,  # noqa: ARG001 - read in `run`
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; also MANYLORA_DEBUG=1.")] = False,
 ) -> None:
     if version:
         from manylora import __version__
@@ -90,9 +90,10 @@ def _explain(error: Exception, words: Sequence[str]) -> int:
     if isinstance(error, ManyloraError):
         _print_block(f"{name}: {error}")
         return FAULT
-    if hasattr(error, "format_message"):  # of typer or click, whichever of the two brings the parser
+    usage: Any = getattr(error, "format_message", None)
+    if usage is not None:  # of typer's or click's errors, whichever of the two brings the parser
         verb = next((f" {word}" for word in words if word in VERBS), "")
-        _print_block(f"{name}: {error.format_message()}\n  help: manylora{verb} --help")
+        _print_block(f"{name}: {usage()}\n  help: manylora{verb} --help")
         return MISTAKE
     if name == "Abort":
         return _interrupted()

@@ -40,7 +40,9 @@ def demo(
 
     output, data = Output(as_json), demo_data_folder()
     if output_folder is not None and output_folder.is_dir() and any(output_folder.iterdir()):
-        raise OutputExists(f"{str(output_folder)!r} already holds something", next_step="give another --output, or none")
+        raise OutputExists(
+            f"{str(output_folder)!r} already holds something", next_step="give another --output, or none"
+        )
     folder = output_folder or free_folder(Path("runs"))
     files = {"train": data / "train.jsonl", "eval": data / "eval.jsonl"}
     config = load_config(RECIPE | {"base": BASE, "data": files, "output": folder})
@@ -52,7 +54,7 @@ def demo(
         output.line(f"{name:>8}: names {share:.0%} of the attribute values it was given")
     output.line()
     show_summary(output, result.run, result.summary)
-    output.line("\nnow with data of your own, rows of {\"prompt\": ..., \"completion\": ...}:")
+    output.line('\nnow with data of your own, rows of {"prompt": ..., "completion": ...}:')
     output.line(f"  {next_command(result.run)}")
     output.finish(result.summary | {"named_values": named})
 

@@ -12,7 +12,17 @@ from typing import Any
 
 from manylora.cli.output import AsJson, Output
 
-PACKAGES = ("manylora", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "peft", "numpy", "pydantic")
+PACKAGES = (
+    "manylora",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "peft",
+    "numpy",
+    "pydantic",
+)
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 PRODUCT_SIZE = 768
 PRODUCT_SECONDS = 0.15
@@ -101,11 +111,11 @@ def _product_rate(dtype: Any, device: Any) -> float:
 
     x = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device).to(dtype)
     settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    x @ x
+    torch.matmul(x, x)
     settle()
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < PRODUCT_SECONDS or count < 2:
-        x @ x
+        torch.matmul(x, x)
         settle()
         count += 1
     return 2 * PRODUCT_SIZE**3 * count / elapsed / 1e9

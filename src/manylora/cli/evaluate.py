@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manylora.cli.opened import BaseName, Device, Dtype, Opened, TrustRemoteCode, open_base
+from manylora.cli.opened import BaseName, Device, Opened, TrustRemoteCode, open_base
 from manylora.cli.output import AsJson, Output, note
 from manylora.cli.places import Place, adapters_of, recognise
 from manylora.cli.train import show_scores
@@ -24,6 +24,7 @@ class Settings:
 
     base: str | None = None
     task: str = "sft"
+    dtype: str = "bfloat16"
     format: str = "auto"
     columns: dict[str, str]
     overflow: str | None = None
@@ -39,11 +40,17 @@ def evaluate(
         list[Path] | None, typer.Option("--data", help="Rows to evaluate on; may be repeated. Default: the run's own.")
     ] = None,
     base: BaseName = None,
-    task: Annotated[str | None, typer.Option("--task", help="How answers are scored. Default: the run's, or sft.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="How answers are scored. Default: the run's, or sft.")
+    ] = None,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Whether answers are generated and scored.")] = True,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of an answer.")] = 128,
-    max_inputs: Annotated[int | None, typer.Option("--max-inputs", min=1, help="Answer the first so many inputs.")] = None,
-    dtype: Dtype = "bfloat16",
+    max_inputs: Annotated[
+        int | None, typer.Option("--max-inputs", min=1, help="Answer the first so many inputs.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the frozen base. Default: the run's, or bfloat16.")
+    ] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -54,11 +61,13 @@ def evaluate(
     files = tuple(data or settings.data)
     if not files:
         raise UserError("no data to evaluate on", next_step=f"manylora evaluate {target} --data FILE")
-    settings = replace(settings, data=files, base=base or settings.base, task=task or settings.task)
+    settings = replace(
+        settings, data=files, base=base or settings.base, task=task or settings.task, dtype=dtype or settings.dtype
+    )
     from manylora.tasks import TASKS
 
     opened = open_base(
-        settings.base, folders, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+        settings.base, folders, dtype=settings.dtype, device=device, trust_remote_code=trust_remote_code,
         chat_template=settings.chat_template, auto=TASKS.get(settings.task).auto,
     )  # fmt: skip
     examples = read_examples(opened, settings)
@@ -94,7 +103,7 @@ def _settings_of(path: Path) -> Settings:
     config = load_config(path)
     data = config.data
     return Settings(
-        base=config.base, task=config.task, format=data.format, columns=data.columns, overflow=data.overflow,
+        base=config.base, task=config.task, dtype=config.dtype, format=data.format, columns=data.columns, overflow=data.overflow,
         chat_template=data.chat_template, row_tokens=config.train.row_tokens, data=data.eval,
     )  # fmt: skip
 

@@ -31,7 +31,9 @@ def generate(
     base: BaseName = None,
     adapter: Adapters = None,
     with_base: Annotated[bool, typer.Option("--with-base", help="Show the bare base's text too.")] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Give each prompt as a user's turn of the chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Give each prompt as a user's turn of the chat template.")
+    ] = False,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -54,7 +56,8 @@ def generate(
         top_p=top_p, top_k=top_k,
     )  # fmt: skip
     results = [
-        {"prompt": text, "answers": dict(zip(chosen, row, strict=True))} for text, row in zip(texts, answers, strict=True)
+        {"prompt": text, "answers": dict(zip(chosen, row, strict=True))}
+        for text, row in zip(texts, answers, strict=True)
     ]
     output = Output(as_json)
     for result in results:
@@ -78,7 +81,9 @@ def read_prompts(path: Path) -> list[str]:
     rows = read_rows(path)
     for row in rows:
         if not isinstance(row.values.get("prompt"), str):
-            raise DataError(f"{row.where} has no text in the column 'prompt'", allowed=f"columns: {', '.join(row.values)}")
+            raise DataError(
+                f"{row.where} has no text in the column 'prompt'", allowed=f"columns: {', '.join(row.values)}"
+            )
     return [str(row.values["prompt"]) for row in rows]
 
 
@@ -94,7 +99,9 @@ def prompt_tokens(base: Any, text: str, *, chat: bool) -> list[int]:
     return [*rules.front, *rules.encode([text])[0]]
 
 
-def _answers(opened: Opened, texts: list[str], slots: list[int], *, chat: bool, seed: int, **settings: Any) -> list[list[str]]:
+def _answers(
+    opened: Opened, texts: list[str], slots: list[int], *, chat: bool, seed: int, **settings: Any
+) -> list[list[str]]:
     """For each prompt the text of each slot, all in one batch; a prompt's slots share its random stream."""
     from manylora.generation.decode import generate as decode
 

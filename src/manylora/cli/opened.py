@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from manylora.base.language import LanguageBase
 
 BaseName = Annotated[
-    str | None, typer.Option("--base", help="builtin:NAME, a Hugging Face folder, or a hub id. Default: the adapter's own.")
+    str | None,
+    typer.Option("--base", help="builtin:NAME, a Hugging Face folder, or a hub id. Default: the adapter's own."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the frozen base: bfloat16, float16, float32 or float64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]

@@ -49,14 +49,18 @@ def aligned(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     lines = []
     for row in [list(head), *body]:
         cells = zip(row, widths, numeric, strict=True)
-        lines.append("  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in cells).rstrip())
+        lines.append(
+            "  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in cells).rstrip()
+        )
     return lines
 
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "-" if value is None else str(value)
+    return (
+        f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "-" if value is None else str(value)
+    )
 
 
 def _is_number(text: str) -> bool:

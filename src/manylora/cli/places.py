@@ -29,7 +29,9 @@ def recognise(name: str) -> Place:
         if path.name == "config.yaml" and is_run(path.parent):
             return Place("run", name, path.parent)
         raise UserError(
-            f"{name!r} is a file", allowed="a run folder, an adapter folder, or a base", next_step="give the folder it lies in"
+            f"{name!r} is a file",
+            allowed="a run folder, an adapter folder, or a base",
+            next_step="give the folder it lies in",
         )
     if (path / "adapter_config.json").is_file():
         return Place("adapter", name, path)
@@ -61,7 +63,9 @@ def adapter_folder(name: str) -> Path:
         if len(found) == 1:
             return next(iter(found.values()))
         if found:
-            raise AdapterBroken(f"the run {name!r} has {len(found)} adapters", allowed=", ".join(map(str, found.values())))
+            raise AdapterBroken(
+                f"the run {name!r} has {len(found)} adapters", allowed=", ".join(map(str, found.values()))
+            )
         raise AdapterBroken(
             f"the run {name!r} has saved no adapter yet", next_step=f"manylora train {name}/config.yaml --resume"
         )

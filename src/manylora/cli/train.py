@@ -22,7 +22,9 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace one key; may be repeated. Paths: from here."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")
+    ] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List every key, its default and its meaning.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -36,7 +38,8 @@ def train(
         return
     if config is None:
         raise ConfigError(
-            "no configuration is given", next_step="manylora train CONFIG.yaml; `manylora demo` writes one to start from"
+            "no configuration is given",
+            next_step="manylora train CONFIG.yaml; `manylora demo` writes one to start from",
         )
     from manylora.config import load_config
     from manylora.training.console import Progress

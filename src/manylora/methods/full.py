@@ -42,7 +42,9 @@ class Full:
         own = dict(site.module.named_parameters(recurse=False))
         return {name: value - own[name].detach().to(value) for name, value in factors.tensors.items()}
 
-    def forward(self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]
+    ) -> Tensor:
         whole = len(uses) == 1 and uses[0].covers_all and len(uses[0].segments) == 1
         if whole:
             return self._apply(x, site, uses[0], uses[0].segments[0].place, extra)

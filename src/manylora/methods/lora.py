@@ -39,7 +39,9 @@ class Lora:
     def init(self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator) -> Factors:
         rows, columns = site.out_in
         if rank > min(rows, columns):
-            raise SpecError(f"rank {rank} at {site.name!r}, a map of {rows} x {columns}", allowed=f"1 to {min(rows, columns)}")
+            raise SpecError(
+                f"rank {rank} at {site.name!r}, a map of {rows} x {columns}", allowed=f"1 to {min(rows, columns)}"
+            )
         a, b = INITS.get(spec.init)(site, rank, generator)
         return Factors(self.name, {"a": a, "b": b})
 
@@ -47,7 +49,9 @@ class Lora:
         change = spec.scale(site.name) * (factors.tensors["b"] @ factors.tensors["a"])
         return {"weight": change.t() if site.kind in ("conv1d", "embedding") else change}
 
-    def forward(self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]
+    ) -> Tensor:
         if site.kind == "embedding":
             return self._embed(x, site.map(x, *extra[0], **extra[1]) if y is None else y, site, uses)
         if y is None and site.plain:

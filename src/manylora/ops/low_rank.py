@@ -17,11 +17,8 @@ from manylora.ops.dropout import dropout_mask
 from manylora.types import Segment, Site, Stack, Use
 
 
-def dropped(x: Tensor, segment: Segment, stack: Stack, offset: int = 0) -> tuple[Tensor, Tensor | None]:
-    """A segment's input after dropout, (n, I), and the mask by which it was multiplied (None: dropout is off).
-
-    `x` holds the segment's rows from `segment.start` on; `offset` is what precedes them in x.
-    """
+def dropped(x: Tensor, segment: Segment, stack: Stack) -> tuple[Tensor, Tensor | None]:
+    """A segment's input (n, I) after dropout, and the mask by which it was multiplied (None: dropout is off)."""
     probability = stack.dropouts[segment.place]
     if probability == 0.0 or segment.parts[0][2] is None:
         return x, None
@@ -67,7 +64,11 @@ def _equal_groups(use: Use, items: int) -> tuple[list[int], int] | None:
     """Places in the order of the batch and the group length, where a batched product covers the whole batch."""
     segments = use.segments
     length = segments[0].stop - segments[0].start
-    if len(segments) < 2 or length * len(segments) != items or len({segment.place for segment in segments}) != len(segments):
+    if (
+        len(segments) < 2
+        or length * len(segments) != items
+        or len({segment.place for segment in segments}) != len(segments)
+    ):
         return None
     if any(s.stop - s.start != length for s in segments) or any(use.stack.dropouts[s.place] for s in segments):
         return None
@@ -110,7 +111,8 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         call: _Call = ctx.call
         saved = ctx.saved_tensors
         flat, middles, factors = saved[0], list(saved[1 : -2 * len(call.uses)]), saved[-2 * len(call.uses) :]
@@ -162,7 +164,9 @@ def _cast(a: Tensor, b: Tensor, stack: Stack, places: list[int], dtype: torch.dt
     return picked_a.to(dtype), (picked_b * scales[:, None, None]).to(dtype)
 
 
-def low_rank(x: Tensor, site: Site, uses: Sequence[Use], *, with_base: bool, extra: tuple[tuple, dict] = ((), {})) -> Tensor:
+def low_rank(
+    x: Tensor, site: Site, uses: Sequence[Use], *, with_base: bool, extra: tuple[tuple, dict] = ((), {})
+) -> Tensor:
     """(..., I) to (..., O): the base product on the whole batch in its order plus each segment's update.
 
     With `with_base` false, only the update (zero where no segment reaches). Ranges that no segment names are the bare

@@ -56,7 +56,9 @@ class RunFolder:
 
         held, asked = yaml.safe_load(held_file.read_text(encoding="utf-8")), config.to_dict()
         changed = [
-            f"{key} was {before!r} and is {after!r}" for key, before, after in _differences(held, asked) if key != "output"
+            f"{key} was {before!r} and is {after!r}"
+            for key, before, after in _differences(held, asked)
+            if key != "output"
         ]
         if changed:
             raise CheckpointBroken(
@@ -81,8 +83,12 @@ class RunFolder:
                 "device": str(base.device),
                 "dtype": str(base.dtype).removeprefix("torch."),
             },
-            "base": {"name": base.name, "fingerprint": base.fingerprint, "tokenizer": base.tokenizer_digest,
-                     "chat_template": base.template_digest},  # fmt: skip
+            "base": {
+                "name": base.name,
+                "fingerprint": base.fingerprint,
+                "tokenizer": base.tokenizer_digest,
+                "chat_template": base.template_digest,
+            },
             "data": {str(path): _file_digest(path) for path in files},
             "git": _git(),
             "command": sys.argv,

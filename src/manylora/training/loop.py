@@ -11,8 +11,8 @@ from manylora.base.language import LanguageBase
 from manylora.errors import NonFiniteLoss
 from manylora.evaluation.evaluate import evaluate_loss
 from manylora.training.checkpoint import Checkpoints
-from manylora.training.memory import peak_bytes
 from manylora.training.member import Member
+from manylora.training.memory import peak_bytes
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import StackedOptimizer
 from manylora.training.step import StepResult, train_step
@@ -25,6 +25,8 @@ class Recorder(Protocol):
     def event(self, name: str, **fields: Any) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def stage(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,7 @@ class Loop:
     def _evaluate(self, member: Member) -> None:
         if not member.eval_examples:
             return
+        self.recorder.stage("evaluating")
         scores = evaluate_loss(
             self.base,
             member.eval_examples,
@@ -169,4 +172,3 @@ class Loop:
             share = f"{len(still)} of {len(self.bank.places(member.slot))}"
             self.recorder.note(f"{member.name}: {share} sites got no gradient in two steps: {', '.join(still[:8])}")
             self.recorder.event("unreached", member=member.name, step=member.step, sites=still)
-

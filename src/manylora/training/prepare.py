@@ -91,7 +91,7 @@ def _encode(
         format=config.data.format,
         max_length=row_tokens,
         overflow=config.data.overflow,
-        eos_id=base.tokenizer.eos_token_id,
+        eos_id=base.eos_ids,
     )
     return encoded.examples, list(encoded.notes)
 
@@ -100,7 +100,9 @@ def _row_tokens(asked: int, base: LanguageBase) -> tuple[int, list[str]]:
     if base.max_positions is None or asked <= base.max_positions:
         return asked, []
     if base.packs:
-        return asked, [f"train.row_tokens {asked} is above this base's {base.max_positions} positions: sequences may not be"]
+        return asked, [
+            f"train.row_tokens {asked} is above this base's {base.max_positions} positions: sequences may not be"
+        ]
     return base.max_positions, [f"train.row_tokens is lowered to this base's {base.max_positions} positions"]
 
 
@@ -110,9 +112,7 @@ def start_adapter(config: Config, base: LanguageBase) -> Adapter:
     Raises:
         BaseMismatch: the adapter to continue was made for another base.
     """
-    from manylora.config import to_spec
-
-    spec = to_spec(config.adapter)
+    spec = config.adapter.spec()
     if config.adapter.from_ is None:
         return Adapter.new(base, spec, seed=config.train.seed)
     adapter = Adapter.load(config.adapter.from_)

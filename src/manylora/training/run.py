@@ -69,6 +69,9 @@ class RunRecorder:
     def note(self, text: str) -> None:
         self._console.note(text)
 
+    def stage(self, text: str) -> None:
+        self._console.stage(text)
+
 
 def train(config: Config, *, resume: bool = False, console: Progress | None = None) -> Result:
     """Train one member and leave a complete run folder.
@@ -112,7 +115,9 @@ def _run(config: Config, folder: RunFolder, prepared: Prepared, resume: bool, co
         if resume:
             log.truncate_after(done or 0)
             console.note(f"resumed at step {done}" if done else "no checkpoint yet: begins at step 0")
-        trackers = Trackers(config.track, folder.path, config.to_dict(), note=console.note, resume_step=done)
+        trackers = Trackers(
+            config.track, folder.path, config.to_dict(), note=console.note, resume_step=(done or 0) if resume else None
+        )
         loop.recorder = RunRecorder(log, trackers, console)
         started = time.perf_counter()
         console.start(member.recipe.total_steps, done=member.step)
@@ -163,7 +168,9 @@ def _finish(
         adapter = replace(adapter, factors=loop.best[member.name])
         bank.put(adapter, slot=member.slot)
         if member.best_step != member.step:
-            console.note(f"the state of step {member.best_step} is kept: it has the lowest eval loss, {member.best_loss:.4f}")
+            console.note(
+                f"the state of step {member.best_step} is kept: it has the lowest eval loss, {member.best_loss:.4f}"
+            )
     path = folder.adapter(member.name)
     if not path.exists():
         save_member(config, adapter, path, prepared)

@@ -62,7 +62,7 @@ def cosine(progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def constant(progress: float) -> float:  # noqa: ARG001 - a shape like the others
+def constant(progress: float) -> float:
     """The peak throughout; the floor is never used."""
     return 1.0
 

@@ -101,7 +101,9 @@ def backward(base: LanguageBase, objective: Objective, batches: Sequence[Batch],
 def train_step(
     base: LanguageBase, objective: Objective, optimizers: Mapping[str, StackedOptimizer], members: Sequence[Member]
 ) -> dict[str, StepResult]:
-    """One step of every member given, each by the optimiser its recipe names; a member whose loss or gradient is not finite is not updated.
+    """One step of every member given, each by the optimiser its recipe names.
+
+    A member whose loss or gradient is not finite is not updated.
 
     Raises:
         OutOfMemory: the machine does not hold the step.
@@ -115,7 +117,8 @@ def train_step(
             raise
         drop_gradients(base.bank)
         raise OutOfMemory(
-            f"the memory does not hold {sum(b.num_rows for b in batches)} rows in {len(batches)} micro-batches: {error}",
+            f"the memory does not hold {sum(b.num_rows for b in batches)} rows in {len(batches)} micro-batches: "
+            f"{str(error).splitlines()[0]}",
             next_step="raise train.accumulate (same result, less at once), or lower train.row_tokens",
         ) from error
     norms = gradient_norms(base.bank)

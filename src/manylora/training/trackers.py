@@ -92,7 +92,7 @@ class Trackers:
 class TensorBoard:
     """Scalars `<member>/<name>` in the run's `tensorboard/` folder; a resumed run hides what it lives through again."""
 
-    def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int | None):  # noqa: ARG002 - a tracker like the others
+    def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int | None):
         _require("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 

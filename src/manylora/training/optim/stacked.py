@@ -151,4 +151,6 @@ def _vectors(updates: list[SlotUpdate], clips: list[float], like: Tensor) -> dic
         "epsilon": [update.epsilon for update in updates],
     }
     shape = (len(updates),) + (1,) * (like.dim() - 1)
-    return {key: torch.tensor(column, dtype=like.dtype, device=like.device).view(shape) for key, column in columns.items()}
+    return {
+        key: torch.tensor(column, dtype=like.dtype, device=like.device).view(shape) for key, column in columns.items()
+    }

@@ -1,0 +1,85 @@
+"""Every snippet of the README and the docs runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SMALL = ["--set", "train.steps=2", "--set", "evaluate.max_examples=4", "--set", "evaluate.max_new_tokens=4"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def manylora(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "manylora", *arguments],
+        cwd=folder,
+        input="/quit\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the README's configuration and a data file of the README's shape."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    sample = json.loads(blocks(ROOT / "README.md", "json")[0])
+    rows = [{**sample, "prompt": f"name : Place {number}\n"} for number in range(20)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "first.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0], encoding="utf-8")
+    return folder
+
+
+def test_the_readmes_commands_do_what_it_says(newcomer: Path) -> None:
+    for block in blocks(ROOT / "README.md", "sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if not words or words[0] != "manylora":
+                continue
+            trains = words[1] == "train" and "--keys" not in words and "--resume" not in words
+            done = manylora(words[1:] + (SMALL if trains else []), newcomer)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (newcomer / "runs" / "first" / "report.html").is_file()
+
+
+def test_every_command_named_exists() -> None:
+    done = manylora(["--help"], ROOT)
+    for page in PAGES:
+        for verb in set(re.findall(r"`manylora (\w+)", page.read_text(encoding="utf-8"))):
+            assert re.search(rf"\b{verb}\b", done.stdout), f"{page.name}: {verb}"
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [(page, number) for page in PAGES for number in range(len(blocks(page, "python")))],
+    ids=lambda value: value.name if isinstance(value, Path) else str(value),
+)
+def test_python_snippets_run(page: Path, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from manylora.base.frozen import FrozenModel
+
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "snippet"}
+    exec(compile(blocks(page, "python")[number], str(page), "exec"), names)
+    for value in names.values():
+        if isinstance(value, FrozenModel) and value.bank is not None:
+            value.bank.close()
+
+
+def test_links_inside_the_repository_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
