@@ -8,6 +8,8 @@ from pathlib import Path
 # Before anything imports the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Threads that spin while they wait starve each other forty-fold when the machine is busy with something else.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("MANYLORA_DEBUG", None)
 
 import pytest

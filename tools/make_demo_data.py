@@ -1,8 +1,8 @@
 """Make the bundled demo data, or the full experiment, from the development file of the E2E NLG Challenge.
 
-    python tools/make_demo_data.py ../shared/data/e2e/dev.txt
+    python tools/make_demo_data.py dev.txt
         writes train.jsonl (1,500 references), eval.jsonl, ATTRIBUTION.md and LICENSE to src/manylora/data/demo/e2e
-    python tools/make_demo_data.py ../shared/data/e2e/dev.txt --full DIR
+    python tools/make_demo_data.py dev.txt --full DIR
         writes train.jsonl and eval.jsonl with every reference to DIR
 
 Both split by attribute set, 90 to 10, with the same seed: their eval.jsonl are the same file, and no input is in both

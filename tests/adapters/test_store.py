@@ -184,7 +184,7 @@ def test_a_folded_scale_gives_the_same_map_with_alpha_equal_to_the_rank(tmp_path
 def test_an_adapter_is_not_written_over_another(folder):
     base = tiny()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(OutputExists, match=r"adapter_config\.json"):
+    with pytest.raises(OutputExists, match="already holds"):
         adapter_on(base).save(folder, base)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -196,13 +196,15 @@ def test_files_of_the_user_are_never_written_over(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
-def test_an_adapter_may_join_other_files(tmp_path):
+def test_an_empty_folder_may_be_filled_and_any_other_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("base: x\n")
     folder = adapter_on(tiny()).save(tmp_path / "run")
-    assert (folder / "config.yaml").read_text() == "base: x\n"
     assert Adapter.load(folder).spec.rank == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("base: x\n")
+    with pytest.raises(OutputExists, match=r"config\.yaml"):
+        adapter_on(tiny()).save(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from manylora.adapters.peft_config import CONFIG_FILE, PICKLE_FILE, PREFIX, TENSORS_FILE, config_of, master
+from manylora.adapters.peft_config import CONFIG_FILE, PREFIX, TENSORS_FILE, config_of, master
 from manylora.adapters.reader import load_adapter
 from manylora.adapters.receipt import RECEIPT_FILE, check_base, make_receipt
-from manylora.errors import AdapterBroken, BaseMismatch, DiskFull, OutputExists, nearest_names
+from manylora.errors import AdapterBroken, BaseMismatch, OutputExists, nearest_names
+from manylora.files import write_folder_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -36,7 +32,7 @@ def save_adapter(adapter: Adapter, folder: Path, base: FrozenModel | None = None
     The same adapter gives the same bytes. Tied copies are written under each of their names, as PEFT expects.
 
     Raises:
-        OutputExists: the folder already holds an adapter, or a file that would be overwritten.
+        OutputExists: the folder already holds something.
         BaseMismatch: `base` is not the adapter's. AdapterBroken: factors that the folder has no place for.
         DiskFull: nothing is left behind.
     """
@@ -51,7 +47,8 @@ def save_adapter(adapter: Adapter, folder: Path, base: FrozenModel | None = None
     tensors = _tensors_of(adapter)
     copied = _complete(tensors, adapter, base) if base is not None else {}
     config = config_of(adapter)
-    with _whole_folder(folder) as new:
+    _refuse_occupied(folder)
+    with write_folder_atomic(folder) as new:
         save_file(tensors | copied, new / TENSORS_FILE, metadata={"format": "pt"})
         _write_json(new / CONFIG_FILE, config)
         _write_json(new / RECEIPT_FILE, make_receipt(adapter, base, new / TENSORS_FILE, sorted(copied)))
@@ -140,51 +137,9 @@ def _card(adapter: Adapter) -> str:
     )
 
 
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` whose files move into it once all are written; on an error nothing remains."""
-    _refuse_occupied(folder, [CONFIG_FILE, TENSORS_FILE, PICKLE_FILE, RECEIPT_FILE])
-    # The prefix that a resumed run clears away, should the process die here.
-    new = folder.with_name(f".partial-{folder.name}-{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        yield new
-        for path in new.iterdir():
-            _flush(path)
-        _move(new, folder)
-    except (OSError, SafetensorError) as error:
-        # safetensors tells a full disk by the system's text alone
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
-        if not full:
-            raise
-        next_step = "free some space and save again"
-        raise DiskFull(f"no space left to write the adapter to {folder}", next_step=next_step) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _refuse_occupied(folder: Path, names: list[str]) -> None:
+def _refuse_occupied(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputExists(f"{folder} is a file", next_step="name another folder")
-    taken = [name for name in names if (folder / name).exists()]
-    if taken:
-        raise OutputExists(f"{folder} already holds {taken[0]}", next_step="name another folder, or move that one away")
-
-
-def _move(new: Path, folder: Path) -> None:
-    """One rename where the folder is new; beside other files the config comes last: it makes an adapter of them."""
-    if not folder.exists() or not any(folder.iterdir()):
-        new.replace(folder)
-        return
-    names = sorted((path.name for path in new.iterdir()), key=lambda name: (name == CONFIG_FILE, name))
-    _refuse_occupied(folder, names)
-    for name in names:
-        (new / name).replace(folder / name)
-
-
-def _flush(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held:
+        raise OutputExists(f"{folder} already holds {held[0]}", next_step="name another folder, or move that one away")

@@ -86,13 +86,11 @@ def _judge(adapter: str, config: Any) -> tuple[dict[str, float], dict[str, list[
     opened: Opened = open_base(config.base, [Path(adapter)], dtype=config.dtype, device=config.device, quiet=True)
     settings = Settings(columns={}, row_tokens=config.train.row_tokens, data=config.data.eval)
     examples = read_examples(opened, settings, quiet=True)
+    limit, task = config.evaluate.max_new_tokens, TASKS.get(config.task)
     samples = {
-        name: evaluate_text(
-            opened.base, examples, slot=slot, max_new_tokens=config.evaluate.max_new_tokens, task=TASKS.get(config.task),
-            max_inputs=JUDGED,
-        )[1]
+        name: evaluate_text(opened.base, examples, slot=slot, max_new_tokens=limit, task=task, max_inputs=JUDGED)[1]
         for name, slot in (("base", -1), ("adapter", 0))
-    }  # fmt: skip
+    }
     return {name: share_named(found) for name, found in samples.items()}, samples
 
 

@@ -103,8 +103,8 @@ def _settings_of(path: Path) -> Settings:
     config = load_config(path)
     data = config.data
     return Settings(
-        base=config.base, task=config.task, dtype=config.dtype, format=data.format, columns=data.columns, overflow=data.overflow,
-        chat_template=data.chat_template, row_tokens=config.train.row_tokens, data=data.eval,
+        base=config.base, task=config.task, dtype=config.dtype, format=data.format, columns=data.columns,
+        overflow=data.overflow, chat_template=data.chat_template, row_tokens=config.train.row_tokens, data=data.eval,
     )  # fmt: skip
 
 

@@ -52,8 +52,8 @@ def generate(
     opened = open_base(base, folders, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     chosen = {name: slot for name, slot in opened.slots.items() if slot >= 0 or with_base or not folders}
     answers = _answers(
-        opened, texts, list(chosen.values()), chat=chat, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, top_k=top_k,
+        opened, texts, list(chosen.values()), chat=chat, seed=seed, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, top_k=top_k,
     )  # fmt: skip
     results = [
         {"prompt": text, "answers": dict(zip(chosen, row, strict=True))}

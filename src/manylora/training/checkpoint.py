@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manylora.adapters.bank import Bank
 from manylora.errors import CheckpointBroken
-from manylora.training.files import recover, write_folder_atomic, write_json_atomic
+from manylora.files import recover, write_folder_atomic, write_json_atomic
 from manylora.training.member import Member
 from manylora.training.optim.stacked import StackedOptimizer
 from manylora.types import Factors

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import CheckpointBroken
-from manylora.training.files import raise_if_full, write_text_atomic
+from manylora.files import raise_if_full, write_text_atomic
 
 if TYPE_CHECKING:
     from types import TracebackType

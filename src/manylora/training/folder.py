@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import CheckpointBroken, OutputExists
-from manylora.training.files import recover, write_json_atomic, write_text_atomic
+from manylora.files import recover, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from manylora.base.language import LanguageBase

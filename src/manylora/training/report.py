@@ -11,10 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
+from manylora.files import write_text_atomic
 from manylora.training.charts import Curve, legend, line_chart, short_number
 from manylora.training.console import duration
 from manylora.training.events import read_events
-from manylora.training.files import write_text_atomic
 from manylora.training.page import code, folded, page, paragraph, section, table, tiles
 
 FILE_NAME = "report.html"

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.adapters.adapter import Adapter
 from manylora.evaluation.evaluate import evaluate_loss, evaluate_text
+from manylora.files import write_json_atomic, write_text_atomic
 from manylora.objectives import OBJECTIVES
 from manylora.tasks.task import Sample
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.console import Progress
 from manylora.training.events import EventLog
-from manylora.training.files import write_json_atomic, write_text_atomic
 from manylora.training.folder import RunFolder
 from manylora.training.loop import Loop, LoopSettings
 from manylora.training.memory import peak_bytes

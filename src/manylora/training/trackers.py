@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from manylora.errors import ConfigError
+from manylora.files import write_json_atomic
 from manylora.table import Table
-from manylora.training.files import write_json_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from safetensors import SafetensorError
 
+from manylora import files
 from manylora.errors import DiskFull
-from manylora.training import files
-from manylora.training.files import recover, write_folder_atomic, write_json_atomic, write_text_atomic
+from manylora.files import recover, write_folder_atomic, write_json_atomic, write_text_atomic
 
 
 def full_disk(*_: object) -> None:

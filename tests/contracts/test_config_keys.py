@@ -1,0 +1,171 @@
+"""Every accepted configuration key changes something a user can see: the adapter, a file, an event or a refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import manylora
+from manylora.config import known_keys
+from manylora.errors import UserError
+
+# A value that differs from the baseline's, and further keys that the difference shows under.
+OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "base": ("{other_base}", {}),
+    "dtype": ("float32", {}),
+    "device": ("cuda:7", {}),
+    "trust_remote_code": (True, {"base": "{custom_base}"}),
+    "task": (None, {}),
+    "data.train": ("{other}", {}),
+    "data.eval": ("{other}", {}),
+    "data.eval_fraction": (0.25, {"data.eval": None}),
+    "data.format": ("text", {}),
+    "data.columns": ({"prompt": "note"}, {}),
+    "data.overflow": ("right", {"train.row_tokens": 16}),
+    "data.chat_template": ("{template}", {"data.train": "{chat}", "data.eval": "{chat}"}),
+    "adapter.method": ("full", {}),
+    "adapter.rank": (2, {}),
+    "adapter.alpha": (3, {}),
+    "adapter.sites": ("q_proj", {}),
+    "adapter.exclude": ("q_proj", {}),
+    "adapter.layers": ([0], {}),
+    "adapter.full_sites": ("norm", {}),
+    "adapter.rank_pattern": ({"q_proj": 2}, {}),
+    "adapter.alpha_pattern": ({"q_proj": 2}, {}),
+    "adapter.dropout": (0.5, {}),
+    "adapter.init": ("gaussian", {}),
+    "adapter.scale_rule": ("alpha/sqrt(rank)", {}),
+    "adapter.from": ("{adapter}", {}),
+    "train.learning_rate": (1e-3, {}),
+    "train.schedule": ("constant", {}),
+    "train.warmup_ratio": (0.9, {}),
+    "train.warmup_steps": (3, {}),
+    "train.min_rate_ratio": (0.5, {}),
+    "train.epochs": (3, {"train.steps": None}),
+    "train.steps": (3, {}),
+    "train.row_tokens": (64, {}),
+    "train.rows_per_step": (1, {}),
+    "train.accumulate": (2, {}),
+    "train.optimizer": ("sgd", {}),
+    "train.weight_decay": (0.5, {}),
+    "train.betas": ([0.5, 0.9], {}),
+    "train.epsilon": (1e-2, {}),
+    "train.clip_norm": (1e-4, {}),
+    "train.seed": (5, {}),
+    "evaluate.every_steps": (1, {}),
+    "evaluate.max_new_tokens": (2, {}),
+    "evaluate.temperature": (1.5, {}),
+    "evaluate.samples": (1, {}),
+    "evaluate.max_examples": (1, {}),
+    "checkpoint.every_steps": (1, {}),
+    "checkpoint.keep": (1, {"checkpoint.every_steps": 1}),
+    "checkpoint.select": ("last", {"train.learning_rate": 3.0, "evaluate.every_steps": 1}),
+    "checkpoint.early_stop_patience": (1, {"train.learning_rate": 3.0, "evaluate.every_steps": 1}),
+    "track": ([], {}),
+    "output": (None, {}),
+}
+# One choice so far, so there is nothing to vary: the table that the name is looked up in has its own tests.
+SINGLE = {"task"}
+# Everything of a run lies there; every other key is compared between two of them.
+WHERE = {"output"}
+
+
+def test_every_key_is_listed_here() -> None:
+    assert set(OTHER) == set(known_keys())
+
+
+@pytest.fixture(scope="module")
+def places(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files that the values above name."""
+    folder = tmp_path_factory.mktemp("keys")
+    rows = [{"prompt": f"name : place {n}\n", "completion": f"the dog {n}", "note": "the fox\n"} for n in range(12)]
+    for name, chosen in (("train", rows), ("other", rows[::-1][:9])):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row | {"text": row["prompt"]}) + "\n" for row in chosen)
+        )
+    chat = [
+        [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": f"the dog {n}"}] for n in range(6)
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chat))
+    (folder / "template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    other = folder / "other-base"
+    shutil.copytree(tiny_base_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
+    custom = folder / "custom-base"
+    shutil.copytree(tiny_base_folder, custom)
+    (custom / "config.json").write_text(
+        json.dumps(
+            config | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.M"}}
+        )
+    )
+    (custom / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+        "class M(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    base = manylora.load_base(str(tiny_base_folder), dtype="float64")
+    adapter = manylora.Adapter.new(base, manylora.AdapterSpec(rank=4), seed=77)
+    return {
+        "other_base": other,
+        "custom_base": custom,
+        "train": folder / "train.jsonl",
+        "other": folder / "other.jsonl",
+        "chat": folder / "chat.jsonl",
+        "template": folder / "template.jinja",
+        "adapter": adapter.save(folder / "adapter", base),
+        "tiny": tiny_base_folder,
+    }
+
+
+def seen_of(overrides: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
+    """All that a user can see of a run, or the refusal."""
+    config: dict[str, Any] = {
+        "base": str(places["tiny"]),
+        "dtype": "float64",
+        "data": {"train": str(places["train"]), "eval": str(places["train"])},
+        "adapter": {"rank": 4},
+        "train": {"learning_rate": 2e-2, "steps": 4, "row_tokens": 32, "rows_per_step": 2},
+        "evaluate": {"max_new_tokens": 4, "every_steps": 2},
+        "output": str(output),
+    }
+    if "adapter.from" in overrides:
+        del config["adapter"]
+    filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in overrides.items()}
+    try:
+        result = manylora.train(config, overrides=filled)
+    except UserError as error:
+        return {"refused": str(error)}
+    events = [json.loads(line) for line in (result.run / "events.jsonl").read_text().splitlines()]
+    volatile = ("time", "tokens_per_s", "memory_bytes")
+    tensors = load_file(result.run / "adapters" / "main" / "adapter_model.safetensors")
+    return {
+        "adapter": {name: value.double().sum().item() for name, value in tensors.items()},
+        "scales": json.loads((result.run / "adapters" / "main" / "receipt.json").read_text())["sites"],
+        "events": [{k: v for k, v in event.items() if k not in volatile} for event in events],
+        "samples": (result.run / "samples.jsonl").read_text(),
+        "files": sorted(str(p.relative_to(result.run).parent) for p in result.run.rglob("*")),
+        "dtype": json.loads((result.run / "manifest.json").read_text())["machine"]["dtype"],
+        "scores": (result.summary["eval"], result.summary["base_eval"]),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", sorted(set(OTHER) - SINGLE - WHERE))
+def test_a_key_changes_something(key: str, places: dict[str, Path], tmp_path: Path) -> None:
+    value, beside = OTHER[key]
+    without = seen_of(beside, places, tmp_path / "without")
+    with_it = seen_of(beside | {key: value}, places, tmp_path / "with")
+    if key == "train.accumulate":
+        # The one key whose promise is that the result stays as it is: what it changes is how much is held at once.
+        assert with_it["adapter"] == pytest.approx(without["adapter"], rel=1e-6)
+        return
+    assert with_it != without
