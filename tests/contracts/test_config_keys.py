@@ -46,7 +46,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.warmup_ratio": (0.9, {}),
     "train.warmup_steps": (3, {}),
     "train.min_rate_ratio": (0.5, {}),
-    "train.epochs": (3, {"train.steps": None}),
+    "train.epochs": (1, {"train.steps": None}),
     "train.steps": (3, {}),
     "train.row_tokens": (64, {}),
     "train.rows_per_step": (1, {}),
@@ -65,7 +65,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "checkpoint.every_steps": (1, {}),
     "checkpoint.keep": (1, {"checkpoint.every_steps": 1}),
     "checkpoint.select": ("last", {"train.learning_rate": 3.0, "evaluate.every_steps": 1}),
-    "checkpoint.early_stop_patience": (1, {"train.learning_rate": 3.0, "evaluate.every_steps": 1}),
+    "checkpoint.early_stop_patience": (1, {"train.learning_rate": 3.0, "evaluate.every_steps": 1, "train.steps": 16}),
     "track": ([], {}),
     "output": (None, {}),
 }
@@ -158,7 +158,6 @@ def seen_of(overrides: dict[str, Any], places: dict[str, Path], output: Path) ->
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", sorted(set(OTHER) - SINGLE - WHERE))
 def test_a_key_changes_something(key: str, places: dict[str, Path], tmp_path: Path) -> None:
     value, beside = OTHER[key]
@@ -166,6 +165,6 @@ def test_a_key_changes_something(key: str, places: dict[str, Path], tmp_path: Pa
     with_it = seen_of(beside | {key: value}, places, tmp_path / "with")
     if key == "train.accumulate":
         # The one key whose promise is that the result stays as it is: what it changes is how much is held at once.
-        assert with_it["adapter"] == pytest.approx(without["adapter"], rel=1e-6)
+        assert with_it["adapter"] == pytest.approx(without["adapter"], rel=1e-6, abs=1e-5)
         return
     assert with_it != without
