@@ -38,7 +38,7 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the README's configuration and a data file of the README's shape."""
     folder = tmp_path_factory.mktemp("newcomer")
     sample = json.loads(blocks(ROOT / "README.md", "json")[0])
-    rows = [{**sample, "prompt": f"name : Place {number}\n"} for number in range(20)]
+    rows = [{**sample, "prompt": f"Place {number}, Italian:"} for number in range(20)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "first.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0], encoding="utf-8")
     return folder

@@ -40,7 +40,7 @@ class Site:
 
     def weight(self) -> Tensor:
         """The frozen weight as (out, in): (O, I) of a linear map, (D, V) of an embedding. A view where it can be."""
-        weight: Tensor = self.module.weight.detach()
+        weight = self.module.get_parameter("weight").detach()
         return weight.t() if self.kind in ("conv1d", "embedding") else weight
 
     @property

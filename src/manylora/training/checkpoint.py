@@ -64,6 +64,12 @@ class Checkpoints:
         found = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return sorted(int(name) for name in found if name.isdigit())
 
+    def last(self) -> int | None:
+        """The step of the last complete checkpoint, None without one."""
+        if self.folder.is_dir():
+            recover(self.folder)
+        return max(self.steps(), default=None)
+
     def restore(
         self, bank: Bank, optimizers: Mapping[str, StackedOptimizer], members: Sequence[Member]
     ) -> tuple[int, dict[str, dict[str, Factors]]] | None:
@@ -72,12 +78,10 @@ class Checkpoints:
         Raises:
             CheckpointBroken: a file is missing or damaged, or the members are not those of this run.
         """
-        if self.folder.is_dir():
-            recover(self.folder)
-        steps = self.steps()
-        if not steps:
+        step = self.last()
+        if step is None:
             return None
-        path = self.folder / f"step-{steps[-1]}"
+        path = self.folder / f"step-{step}"
         best: dict[str, dict[str, Factors]] = {}
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))

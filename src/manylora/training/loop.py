@@ -60,7 +60,7 @@ class Loop:
         self.optimizers: Mapping[str, StackedOptimizer] = {name: OPTIMIZERS.get(name)(self.bank) for name in names}
         self.best: dict[str, Mapping[str, Factors]] = {}
         self.tick = 0
-        self._saved_at: int | None = None
+        self.saved_at: int | None = None
 
     def resume(self) -> int | None:
         """Continue from the last checkpoint: its step, None where there is none."""
@@ -69,7 +69,7 @@ class Loop:
             return None
         self.tick, best = found
         self.best = dict(best)
-        self._saved_at = self.tick
+        self.saved_at = self.tick
         return self.tick
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> None:
@@ -101,9 +101,9 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless it lies there already."""
-        if self.checkpoints is not None and self._saved_at != self.tick:
+        if self.checkpoints is not None and self.saved_at != self.tick:
             self.checkpoints.save(self.tick, self.bank, self.optimizers, self.members, self.best)
-            self._saved_at = self.tick
+            self.saved_at = self.tick
             self.recorder.event("checkpoint", step=self.tick)
 
     def _after_step(self, member: Member, result: StepResult, seconds: float) -> None:

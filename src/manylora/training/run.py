@@ -109,32 +109,30 @@ def _run(config: Config, folder: RunFolder, prepared: Prepared, resume: bool, co
     objective = OBJECTIVES.get(prepared.task.objective)
     settings = LoopSettings(checkpoint_every=config.checkpoint.every_steps, select=config.checkpoint.select)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+    done = checkpoints.last() if resume else None
     with EventLog(folder.path) as log:
-        loop = Loop(base, objective, [member], log_only(log, console), checkpoints, settings)
-        done = loop.resume() if resume else None
         if resume:
             log.truncate_after(done or 0)
-            console.note(f"resumed at step {done}" if done else "no checkpoint yet: begins at step 0")
-        trackers = Trackers(
-            config.track, folder.path, config.to_dict(), note=console.note, resume_step=(done or 0) if resume else None
-        )
-        loop.recorder = RunRecorder(log, trackers, console)
+            console.note(f"resumes at step {done}" if done else "no checkpoint yet: begins at step 0")
+        resume_step = (done or 0) if resume else None
+        trackers = Trackers(config.track, folder.path, config.to_dict(), note=console.note, resume_step=resume_step)
+        loop = Loop(base, objective, [member], RunRecorder(log, trackers, console), checkpoints, settings)
+        if done:
+            loop.resume()
         started = time.perf_counter()
         console.start(member.recipe.total_steps, done=member.step)
         try:
             with interruptible() as interrupted:
                 loop.run(interrupted)
+        except KeyboardInterrupt:
+            console.note(f"interrupted at step {loop.tick}; --resume goes on from step {loop.saved_at or 0}")
+            raise
         finally:
             console.close()
             trackers.close()
         wall = time.perf_counter() - started
         summary = _finish(config, folder, prepared, loop, wall, console)
     return Result(folder.path, summary)
-
-
-def log_only(log: EventLog, console: Progress) -> RunRecorder:
-    """A recorder for what happens before the trackers are open."""
-    return RunRecorder(log, Trackers((), Path(), {}, note=console.note), console)
 
 
 @contextmanager
