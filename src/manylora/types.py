@@ -49,9 +49,9 @@ class Site:
         rows, columns = self.weight().shape
         return rows, columns
 
-    def map(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def map(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's own output, by the module's own code."""
-        return type(self.module).forward(self.module, x, *args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.module.parameters(recurse=False))

@@ -281,3 +281,49 @@ def test_ranks_are_padded_to_powers_of_two() -> None:
     classes = sorted(stack.shape_class for stack in bank.stacks.values())
     assert classes == [4, 8]
     assert all(small < large for small, large in pairwise(classes))
+
+
+class ByKeyword(nn.Module):
+    """A model that calls its site by keyword and has parameters that no forward takes a tensor to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = nn.Linear(12, 10)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.site(input=x) * self.scale
+
+
+def test_a_site_may_be_called_by_keyword() -> None:
+    base = FrozenModel(ByKeyword().double(), example=lambda rows: {"x": inputs("linear", rows, 3)})
+    bank = Bank(base, num_slots=2, dtype=torch.float64)
+    bank.put(random_adapter(base, AdapterSpec(rank=2, sites=("site",)), 0), slot=0)
+    x = inputs("linear", 2, 3)
+    with bank.route((-1, 0)):
+        y = base.model(x)
+    with bank.route((0,)):
+        torch.testing.assert_close(base.model(x[1:]), y[1:])
+
+
+def test_any_module_with_parameters_can_be_trained_as_a_copy() -> None:
+    """A small image network: convolution, batch norm with frozen statistics, head."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).double()
+    base = FrozenModel(net, example=lambda rows: {"input": torch.randn(rows, 1, 6, 6, dtype=torch.float64)})
+    running = net[1].running_mean.clone()
+    bank = Bank(base, num_slots=2, dtype=torch.float64)
+    spec = AdapterSpec(rank=2, sites=("5",), full_sites=("0", "1"))
+    for slot in range(2):
+        bank.put(random_adapter(base, spec, slot), slot=slot)
+    x = torch.randn(4, 1, 6, 6, dtype=torch.float64)
+    with bank.route((0, 1, -1, 0)):
+        mixed = net(x)
+    for row, slot in enumerate((0, 1, -1, 0)):
+        with bank.route((slot,)):
+            torch.testing.assert_close(net(x[row : row + 1]), mixed[row : row + 1])
+    mixed.sum().backward()
+    assert all(tensor.grad is not None for stack in bank.stacks.values() for tensor in stack.tensors.values())
+    assert torch.equal(net[1].running_mean, running)

@@ -30,7 +30,9 @@ def adapter_of(run: Path) -> bytes:
     return (run / "adapters" / "main" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_killed_at_a_random_step_resumes_to_the_same_adapter_bytes(tiny_base_folder: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_a_random_step_resumes_to_the_same_adapter_bytes(
+    tiny_base_folder: Path, tmp_path: Path
+) -> None:
     rows = [{"prompt": f"name : place {n}\n", "completion": f"the quick dog {n}"} for n in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = {

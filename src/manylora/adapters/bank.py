@@ -5,14 +5,14 @@ There are no modes. Training one adapter, many, the bare base, or a mixture is t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.receipt import check_base
@@ -78,6 +78,7 @@ class Bank:
         self._adapters: dict[int, Adapter] = {}
         self._by_site: dict[str, list[Stack]] = {}
         self._plans: dict[tuple, list[tuple[Method, list[Use]]]] = {}
+        self.recorded: dict[str, list[Tensor]] | None = None
         self._proven: set[str] | None = None
         base.bank = self
         for site in base.sites.values():
@@ -264,19 +265,17 @@ class Bank:
 
     def _record(self, inputs: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         """The inputs of every site in one forward of the bare base, by name."""
-        seen: dict[str, list[Tensor]] = {}
-
-        def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(name, []).append(args[0].detach())
-
-        handles = [site.module.register_forward_pre_hook(partial(keep, name)) for name, site in self.base.sites.items()]
+        self.recorded = {}
         try:
             with torch.no_grad(), self.route((-1,)):
                 self.base.model(**inputs)
+            return self.recorded
         finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+            self.recorded = None
+
+    def adapts(self, site: Site) -> bool:
+        """Whether any slot changes this site."""
+        return bool(self._by_site.get(site.name))
 
     def uses(self, site: Site, x: Tensor) -> list[tuple[Method, list[Use]]]:
         """Which stacks change this site's output for the present route, and where; by method, replacing ones last."""
@@ -370,8 +369,18 @@ class _SiteForward:
     def __init__(self, bank: Bank, site: Site):
         self.bank = bank
         self.site = site
+        parameters = list(inspect.signature(type(site.module).forward).parameters)
+        self.first = parameters[1] if len(parameters) > 1 else ""  # after self
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and self.first not in kwargs:
+            if self.bank.adapts(self.site):
+                raise RouteError(f"{self.site.name!r} is called without an input, so its rows cannot be told apart")
+            return self.site.map(*args, **kwargs)
+        x = args[0] if args else kwargs.pop(self.first)
+        args = args[1:]
+        if self.bank.recorded is not None and isinstance(x, Tensor):
+            self.bank.recorded.setdefault(self.site.name, []).append(x.detach())
         found = self.bank.uses(self.site, x)
         if not found:
             return self.site.map(x, *args, **kwargs)

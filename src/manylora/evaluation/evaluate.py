@@ -138,7 +138,7 @@ def _metrics(total: float, weight: float, num_examples: int) -> Metrics:
     if weight == 0:
         raise DataError(
             f"none of the {num_examples} examples has a trained token, so there is no loss to measure",
-            next_step="look at what is trained: manylora inspect DATA",
+            next_step="give rows with a completion or an assistant turn",
         )
     loss = total / weight
     return {"loss": loss, "perplexity": _exponential(loss), "tokens": weight}
