@@ -21,7 +21,7 @@ SHOWN, JUDGED = 3, 64
 """Inputs whose answers are printed, and inputs whose attribute values are counted."""
 RECIPE: dict[str, Any] = {
     "adapter": {"rank": 16, "alpha": 32},
-    "train": {"learning_rate": 4e-3, "epochs": 4, "row_tokens": 512, "rows_per_step": 2},
+    "train": {"learning_rate": 4e-3, "epochs": 4, "row_tokens": 256, "rows_per_step": 4},
     "evaluate": {"max_new_tokens": 80},
 }
 
