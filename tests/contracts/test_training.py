@@ -13,10 +13,11 @@ import torch
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.data.batches import Epochs
-from manylora.errors import CheckpointBroken, DiskFull, NonFiniteLoss
+from manylora.errors import CheckpointBroken, DiskFull, NonFiniteLoss, OutOfMemory
 from manylora.objectives import OBJECTIVES
 from manylora.spec import AdapterSpec
 from manylora.training import checkpoint as checkpoint_module
+from manylora.training import step as step_module
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.loop import Loop, LoopSettings
 from manylora.training.member import Member, Recipe
@@ -204,6 +205,20 @@ def test_an_interrupted_run_writes_a_checkpoint_first(tmp_path, make_base, make_
     with pytest.raises(KeyboardInterrupt):
         loop.run(lambda: own.step == 3)
     assert loop.checkpoints.steps() == [3]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")]
+)
+def test_out_of_memory_names_what_to_change(error, make_base, make_examples, monkeypatch) -> None:
+    def out_of_memory(*_: object) -> list[float]:
+        raise error
+
+    monkeypatch.setattr(step_module, "backward", out_of_memory)
+    loop = loop_of(make_base(), [member("m", 0, make_examples(30), spec=SPEC)], torch.float32)
+    with pytest.raises(OutOfMemory, match=r"4 rows in 1 micro-batches") as caught:
+        loop.run()
+    assert "train.accumulate" in (caught.value.next_step or "")
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, make_base, make_examples, monkeypatch) -> None:

@@ -112,13 +112,13 @@ def train_step(
     slots = [member.slot for member in members]
     try:
         losses = backward(base, objective, batches, slots)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         drop_gradients(base.bank)
         raise OutOfMemory(
             f"the memory does not hold {sum(b.num_rows for b in batches)} rows in {len(batches)} micro-batches: "
-            f"{str(error).splitlines()[0]}",
+            f"{(str(error) or type(error).__name__).splitlines()[0]}",
             next_step="raise train.accumulate (same result, less at once), or lower train.row_tokens",
         ) from error
     norms = gradient_norms(base.bank)
@@ -136,5 +136,6 @@ def train_step(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
+    # torch's CPU allocator raises a plain RuntimeError; the accelerators' a RuntimeError of their own kind.
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
