@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("MANYLORA_DEBUG", None)
 
 import pytest
+
+if TYPE_CHECKING:
+    from manylora.adapters.adapter import Adapter
+    from manylora.base.language import LanguageBase
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -83,3 +88,63 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("set MANYLORA_TEST_DATA to the folder with the larger data sets")
     return folder
+
+
+BYTE_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if loop.first and m.role == 'assistant' %}{{ raise_exception('users speak first') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+BYTE_SPECIAL = ("<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
+
+
+def byte_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({sign: place for place, sign in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(BYTE_SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>", chat_template=BYTE_TEMPLATE
+    )
+
+
+@pytest.fixture
+def base() -> LanguageBase:
+    """A two-layer Llama with random weights in float32 and a byte tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from manylora.base.language import LanguageBase
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256 + len(BYTE_SPECIAL), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.3, eos_token_id=256,
+        pad_token_id=257, bos_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LanguageBase(LlamaForCausalLM(config), tokenizer=byte_tokenizer(), name="tiny")
+
+
+@pytest.fixture
+def adapters(base: LanguageBase) -> list[Adapter]:
+    """Two adapters whose b is not zero, so that they change what the base says."""
+    import torch
+
+    from manylora.adapters.adapter import Adapter
+    from manylora.spec import AdapterSpec
+    from manylora.types import Factors
+
+    made = []
+    for seed in (1, 2):
+        adapter = Adapter.new(base, AdapterSpec(rank=4, alpha=8.0), seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        factors = {
+            name: Factors(f.method, {k: 0.3 * torch.randn(t.shape, generator=generator) for k, t in f.tensors.items()})
+            for name, f in adapter.factors.items()
+        }
+        made.append(Adapter(adapter.spec, factors, adapter.base_name, adapter.base_fingerprint))
+    return made
