@@ -123,8 +123,8 @@ def base() -> LanguageBase:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256 + len(BYTE_SPECIAL), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.3, eos_token_id=256,
-        pad_token_id=257, bos_token_id=None, tie_word_embeddings=False,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.3,
+        eos_token_id=256, pad_token_id=257, bos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     return LanguageBase(LlamaForCausalLM(config), tokenizer=byte_tokenizer(), name="tiny")
 
