@@ -71,6 +71,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 # One choice so far, so there is nothing to vary: the table that the name is looked up in has its own tests.
 SINGLE = {"task"}
+# Keys whose difference is that a run is refused with or without them.
+SHOWN_BY_REFUSAL = {"device", "data.overflow", "trust_remote_code"}
 # Everything of a run lies there; every other key is compared between two of them.
 WHERE = {"output"}
 
@@ -93,8 +95,8 @@ def places(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ]
     (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chat))
     (folder / "template.jinja").write_text(
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>#' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>#' }}{% endif %}"
     )
     other = folder / "other-base"
     shutil.copytree(tiny_base_folder, other)
@@ -163,6 +165,7 @@ def test_a_key_changes_something(key: str, places: dict[str, Path], tmp_path: Pa
     value, beside = OTHER[key]
     without = seen_of(beside, places, tmp_path / "without")
     with_it = seen_of(beside | {key: value}, places, tmp_path / "with")
+    assert key in SHOWN_BY_REFUSAL or not {"refused"} & (with_it.keys() | without.keys()), (with_it, without)
     if key == "train.accumulate":
         # The one key whose promise is that the result stays as it is: what it changes is how much is held at once.
         assert with_it["adapter"] == pytest.approx(without["adapter"], rel=1e-6, abs=1e-5)
