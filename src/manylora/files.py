@@ -7,6 +7,7 @@ place of another first moves it to `.replaced-...`; `recover` brings it back sho
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -76,6 +77,12 @@ def write_folder_atomic(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise_if_full(error, path)
         raise
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def recover(folder: str | Path) -> list[str]:

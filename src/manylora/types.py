@@ -6,7 +6,7 @@ Nothing here imports another part of manylora but `spec`, so every layer of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -123,6 +123,10 @@ class Method(Protocol):
         """How many items the site's input holds, in the unit that `Segment` counts in."""
         ...
 
+    def rank(self, factors: Factors) -> int:
+        """The rank of one site's factors; 0 for a method that has none, whose factors are not scaled."""
+        ...
+
     def shape_class(self, site: Site, factors: Factors) -> int:
         """Factors of one class may share a stack; for a low-rank method the padded rank."""
         ...
@@ -165,6 +169,11 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return len(self.slots)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, targets={name: tensor.to(device) for name, tensor in self.targets.items()})
 
 
 @dataclass(frozen=True, slots=True)

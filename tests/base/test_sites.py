@@ -10,6 +10,7 @@ from manylora.adapters.adapter import Adapter
 from manylora.base.frozen import FrozenModel
 from manylora.base.sites import layer_of, match_sites
 from manylora.errors import SiteNotFound, SpecError
+from manylora.methods import METHODS
 from manylora.spec import AdapterSpec, match_pattern
 
 
@@ -137,18 +138,25 @@ def test_the_initial_factors_have_the_published_spread(llama: FrozenModel) -> No
     assert not factors["a"].equal(other["a"])
 
 
-def test_published_parameter_counts() -> None:
-    """GPT-3 175B with rank 4 on q and v: 96 x 2 x 2 x 12288 x 4; Llama-3.2-3B with rank 32 on q and v: 9,175,040."""
-    spec = AdapterSpec(rank=4)
-    assert 96 * 2 * (spec.rank * (12288 + 12288)) == 18_874_368
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=3072, intermediate_size=8, num_hidden_layers=1, num_attention_heads=24,
-        num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
+def trained_per_layer(config: LlamaConfig, rank: int) -> int:
+    """Parameters of rank-`rank` factors on q and v of the first layer; the weights take no memory."""
     import torch
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    sites = FrozenModel(model).sites
-    per_layer = sum(32 * sum(sites[f"model.layers.0.self_attn.{name}"].out_in) for name in ("q_proj", "v_proj"))
-    assert 28 * per_layer == 9_175_040
+        sites = FrozenModel(AutoModelForCausalLM.from_config(config)).sites
+    method = METHODS.get("lora")
+    shapes = [
+        shape
+        for name in ("q_proj", "v_proj")
+        for shape in method.stack_shapes(sites[f"model.layers.0.self_attn.{name}"], rank).values()
+    ]
+    return sum(rows * columns for rows, columns in shapes)
+
+
+def test_published_parameter_counts() -> None:
+    """On q and v: GPT-3 175B with rank 4, 96 layers of width 12288; Llama-3.2-3B with rank 32, 28 layers."""
+    shared = {"vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 128}
+    gpt3 = LlamaConfig(hidden_size=12288, num_attention_heads=96, num_key_value_heads=96, **shared)
+    llama = LlamaConfig(hidden_size=3072, num_attention_heads=24, num_key_value_heads=8, **shared)
+    assert 96 * trained_per_layer(gpt3, rank=4) == 18_874_368
+    assert 28 * trained_per_layer(llama, rank=32) == 9_175_040

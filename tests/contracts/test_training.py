@@ -129,11 +129,9 @@ def test_a_member_in_a_fleet_equals_the_member_alone(dtype, tolerance, order, ma
     together = loop_of(make_base(dtype=dtype), fleet(make_examples, order), dtype)
     together.run()
     for which in range(3):
-        alone = loop_of(make_base(dtype=dtype), [fleet(make_examples)[which]], dtype) if which == 0 else None
-        if alone is None:
-            lone = fleet(make_examples)[which]
-            lone.slot = 0
-            alone = loop_of(make_base(dtype=dtype), [lone], dtype)
+        lone = fleet(make_examples)[which]
+        lone.slot = 0
+        alone = loop_of(make_base(dtype=dtype), [lone], dtype)
         alone.run()
         assert together.recorder.losses(f"m{which}") == pytest.approx(alone.recorder.losses(f"m{which}"), rel=tolerance)
         slot = order.index(which)
@@ -329,3 +327,15 @@ def test_slots_that_are_not_stepped_keep_their_bytes(make_base, make_examples) -
     loop.run()
     for name, value in final(loop, 1).items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_a_slot_that_is_reset_forgets_its_state_and_no_others(optimizer, make_base, make_examples) -> None:
+    members = [member(f"m{slot}", slot, make_examples(20), spec=SPEC, optimizer=optimizer) for slot in range(2)]
+    loop = loop_of(make_base(), members, torch.float32)
+    loop.run()
+    own = loop.optimizers[optimizer]
+    before = own.slot_state(1)
+    own.reset(0)
+    assert not any(tensor.any() for tensor in own.slot_state(0).values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own.slot_state(1).items())

@@ -15,7 +15,6 @@ from manylora.data.batches import collate
 from manylora.objectives import OBJECTIVES
 from manylora.ops.low_rank import low_rank, reference
 from manylora.spec import AdapterSpec
-from manylora.training.step import to_device
 
 if TYPE_CHECKING:
     from manylora.data.examples import Example
@@ -70,7 +69,7 @@ def losses_on(device: str, examples: list[Example], packed: bool) -> tuple[torch
     bank = filled(base)
     rows = [examples[:3], examples[3:5], examples[5:]] if packed else [[e] for e in examples]
     slots = [0, 1, -1] if packed else [0, 0, 0, 1, 1, -1]
-    batch = to_device(collate(rows, width=64, pad_id=0, packed=packed, slots=slots), base.device)
+    batch = collate(rows, width=64, pad_id=0, packed=packed, slots=slots).to(base.device)
     with bank.route(slots):
         totals = OBJECTIVES.get("causal-lm")(base.outputs(batch), batch).total
     totals.sum().backward()

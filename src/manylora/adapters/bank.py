@@ -127,10 +127,11 @@ class Bank:
             raise RouteError(f"slot {slot} is empty", next_step="bank.put(adapter, slot=...)")
         factors = {}
         for stack, place in self.places(slot):
-            tensors = {name: tensor.detach()[place].cpu().clone() for name, tensor in stack.tensors.items()}
-            if stack.method == "lora":
-                rank = stack.ranks[place]
-                tensors = {"a": tensors["a"][:rank].clone(), "b": tensors["b"][:, :rank].clone()}
+            shapes = METHODS.get(stack.method).stack_shapes(stack.site, stack.ranks[place])
+            tensors = {
+                name: tensor.detach()[place][tuple(slice(0, size) for size in shapes[name])].cpu().clone()
+                for name, tensor in stack.tensors.items()
+            }
             factors[stack.site.name] = Factors(stack.method, tensors)
         held = self._adapters[slot]
         return replace(held, factors={name: factors[name] for name in held.factors})
@@ -181,7 +182,7 @@ class Bank:
                         allowed=" x ".join(str(size) if size else "rank" for size in shapes[key]),
                         next_step="the adapter belongs to a base of other sizes",
                     )
-            rank = factors.tensors["a"].shape[0] if factors.method == "lora" else 0
+            rank = method.rank(factors)
             if self.max_rank is not None and rank > self.max_rank:
                 raise SpecError(f"rank {rank} at {name!r}", allowed=f"this bank holds ranks up to {self.max_rank}")
 
@@ -213,8 +214,8 @@ class Bank:
                     grown[:place] = stack.tensors[name].detach()
                 stack.tensors[name] = grown.requires_grad_()
         stack.slots[place] = slot
-        stack.scales[place] = spec.scale(site.name) if method.name == "lora" else 1.0
-        stack.ranks[place] = factors.tensors["a"].shape[0] if method.name == "lora" else 0
+        stack.ranks[place] = method.rank(factors)
+        stack.scales[place] = spec.scale(site.name) if stack.ranks[place] else 1.0
         stack.dropouts[place] = 0.0 if method.replaces else spec.dropout
         with torch.no_grad():
             for name, value in factors.tensors.items():

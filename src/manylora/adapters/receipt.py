@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from manylora.errors import AdapterBroken, BaseMismatch
+from manylora.files import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 
 RECEIPT_FILE = "receipt.json"
 _SAMPLES = 256
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_receipt(adapter: Adapter, base: FrozenModel | None, tensors: Path, copied: list[str]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
     from manylora.base.language import LanguageBase
     from manylora.data.examples import Example
-    from manylora.types import Batch, Objective
+    from manylora.types import Objective
 
 
 def evaluate_loss(
@@ -77,7 +76,7 @@ def evaluate_losses(
             slots=tuple(slot for slot in slots for _ in chosen),
             streams=None,
         )
-        batch = _on_device(batch, base.device)
+        batch = batch.to(base.device)
         with route_rows(base, batch.slots):
             found = objective(base.outputs(batch), batch)
         totals += found.total.double().cpu().view(len(slots), -1).sum(dim=1)
@@ -149,8 +148,3 @@ def _exponential(value: float) -> float:
         return math.exp(value)
     except OverflowError:
         return math.inf
-
-
-def _on_device(batch: Batch, device: torch.device) -> Batch:
-    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    return replace(batch, inputs=inputs, targets={name: tensor.to(device) for name, tensor in batch.targets.items()})

@@ -25,6 +25,9 @@ class Full:
     def num_items(self, site: Site, x: Tensor) -> int:
         return x.shape[0]
 
+    def rank(self, factors: Factors) -> int:
+        return 0
+
     def shape_class(self, site: Site, factors: Factors) -> int:
         return 0
 

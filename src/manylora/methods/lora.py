@@ -28,6 +28,9 @@ class Lora:
     def num_items(self, site: Site, x: Tensor) -> int:
         return x.numel() if site.kind == "embedding" else x.numel() // x.shape[-1]
 
+    def rank(self, factors: Factors) -> int:
+        return factors.tensors["a"].shape[0]
+
     def shape_class(self, site: Site, factors: Factors) -> int:
         """The rank, padded to the next power of two: a zero row of a meets a zero column of b, so both stay zero."""
         return 1 << (factors.tensors["a"].shape[0] - 1).bit_length()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import CheckpointBroken, OutputExists
-from manylora.files import recover, write_json_atomic, write_text_atomic
+from manylora.files import file_digest, recover, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from manylora.base.language import LanguageBase
@@ -89,7 +88,7 @@ class RunFolder:
                 "tokenizer": base.tokenizer_digest,
                 "chat_template": base.template_digest,
             },
-            "data": {str(path): _file_digest(path) for path in files},
+            "data": {str(path): f"sha256:{file_digest(path)}" for path in files},
             "git": _git(),
             "command": sys.argv,
         }
@@ -128,11 +127,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git() -> dict[str, Any] | None:

@@ -65,16 +65,6 @@ def micro_batches(members: Sequence[Member], base: LanguageBase) -> list[Batch]:
     ]
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch with its tensors on a device."""
-    return Batch(
-        inputs={key: value.to(device) for key, value in batch.inputs.items()},
-        targets={key: value.to(device) for key, value in batch.targets.items()},
-        slots=batch.slots,
-        streams=batch.streams,
-    )
-
-
 def backward(base: LanguageBase, objective: Objective, batches: Sequence[Batch], slots: Sequence[int]) -> list[float]:
     """Add the gradients of the batches to the bank's factors; the summed loss of each slot over its summed weight.
 
@@ -88,7 +78,7 @@ def backward(base: LanguageBase, objective: Objective, batches: Sequence[Batch],
         sums.index_add_(0, torch.tensor([place[slot] for slot in batch.slots]), weight.double().cpu())
     losses = torch.zeros(len(slots), dtype=torch.float64, device=base.device)
     for batch in batches:
-        held = to_device(batch, base.device)
+        held = batch.to(base.device)
         index = torch.tensor([place[slot] for slot in batch.slots], device=base.device)
         with base.bank.route(batch.slots, batch.streams):
             totals = objective(base.outputs(held), held).total
