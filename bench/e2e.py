@@ -37,7 +37,7 @@ def measure(name: str, source: Path, folder: Path, changes: dict[str, object]) -
     """The figures of one recipe, from reading the data to the finished report."""
     import manylora
     from manylora.adapters.bank import Bank
-    from manylora.data.examples import encode
+    from manylora.data.examples import Reading, encode
     from manylora.data.readers import read_rows
     from manylora.evaluation.evaluate import evaluate_loss
     from manylora.objectives import OBJECTIVES
@@ -57,7 +57,7 @@ def measure(name: str, source: Path, folder: Path, changes: dict[str, object]) -
 
     base = manylora.load_base("builtin:tiny-en")
     examples = encode(
-        read_rows([folder / "data" / "eval.jsonl"]), base.tokenizer, max_length=512, eos_id=base.eos_ids
+        read_rows([folder / "data" / "eval.jsonl"]), base.tokenizer, Reading(max_length=512), eos_id=base.eos_ids
     ).examples
     with Bank(base) as bank:
         bank.put(manylora.Adapter.load(result.summary["adapters"]["main"]), slot=0)

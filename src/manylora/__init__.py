@@ -68,23 +68,36 @@ def train(
     *,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     resume: bool = False,
+    base: FrozenModel | None = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    use_cache: bool = True,
 ) -> Result:
     """The run folder and summary of one trained adapter.
 
     `config` is a YAML file, a mapping of the same keys, or a `Config`; `overrides` are laid over it as
     `{"a.b": value}` or `["a.b=value"]`. `resume` goes on from the last checkpoint of the output folder.
 
+    What Python holds already may be handed over in place of `base`, `data.train` and `data.eval` of the configuration:
+    a base that `load_base` made, or `FrozenModel(module)` with `task: module`; a list, iterable or data set of rows
+    (mappings), a `datasets.Dataset`, or for a module a `torch.utils.data.Dataset` of (input, ..., class number).
+
     Raises:
         UserError: a mistake in the configuration, the data or the base; the message says what to change.
     """
+    from collections.abc import Mapping
+
     from manylora.config import Config, load_config
+    from manylora.config_text import parse_override
     from manylora.training.run import train as run_training
 
-    if isinstance(config, Config):
-        made = load_config(config.to_dict(), overrides) if overrides else config
-    else:
-        made = load_config(config, overrides)
-    return run_training(made, resume=resume)
+    handed = {"base": base, "data.train": train_data, "data.eval": eval_data}
+    handed = {key: value for key, value in handed.items() if value is not None}
+    names = {key: f"python:{key.removeprefix('data.')}" for key in handed}
+    pairs = dict(overrides) if isinstance(overrides, Mapping) else dict(map(parse_override, overrides))
+    made = load_config(config.to_dict() if isinstance(config, Config) else config, pairs | names)
+    objects = {names[key]: value for key, value in handed.items()}
+    return run_training(made, resume=resume, objects=objects, use_cache=use_cache)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from manylora import config_text
 from manylora.config_errors import as_config_error, unknown_key
@@ -89,7 +99,6 @@ def _or_none(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_several)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_alone)]
 
 
 class Section(BaseModel):
@@ -104,12 +113,41 @@ class Section(BaseModel):
         return {} if values is None else values
 
 
+class DataPlace(Section):
+    """Where rows come from: in a file just the path, or a mapping that says more."""
+
+    path: str = Field(min_length=1, description="a file, a folder with splits, or hub:owner/name")
+    split: str | None = Field(default=None, description="train, valid, test, ... of a folder or hub data set")
+    subset: str | None = Field(default=None, description="the configuration of a hub data set")
+    weight: Annotated[Number, Field(gt=0)] = Field(
+        default=1.0, description="how often each epoch shows these rows; 0.5: half of them"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _just_a_path(cls, value: Any) -> Any:
+        return {"path": str(value)} if isinstance(value, str | Path) else value
+
+    @model_serializer(mode="wrap")
+    def _short(self, inner: SerializerFunctionWrapHandler) -> Any:
+        values = inner(self)
+        return self.path if self == DataPlace(path=self.path) else values
+
+
+Places = Annotated[tuple[DataPlace, ...], BeforeValidator(_alone)]
+
+
 class DataConfig(Section):
     """`data`: what is learned from, and how it is read."""
 
-    train: Paths = Field(min_length=1, description="training files: a path or a list of paths")
-    eval: Annotated[Paths, BeforeValidator(_or_none)] = Field(
-        default=(), description="held-out files; or give eval_fraction", validate_default=True
+    train: Places = Field(
+        min_length=1,
+        description="training rows: a file, a folder, hub:owner/name, a list of these, or [{path, weight, split}]",
+    )
+    eval: Annotated[Places, BeforeValidator(_or_none)] = Field(
+        default=(),
+        description="held-out rows; or give eval_fraction; a folder's own valid split is taken unasked",
+        validate_default=True,
     )
     eval_fraction: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
         default=None, description="share of the training rows held out; rows that share a prompt stay together"
@@ -121,6 +159,12 @@ class DataConfig(Section):
     overflow: Literal["error", "split", "right"] | None = Field(
         default=None,
         description="rows above row_tokens: error, split or cut on the right; default split for text, else error",
+    )
+    turns: Literal["all", "last"] = Field(
+        default="all", description="which assistant turns of a conversation are learned"
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="a row that cannot be learned from stops the run, or is skipped and counted"
     )
     chat_template: Path | None = Field(default=None, description="a file with a chat template, where the base has none")
 
@@ -305,7 +349,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise as_config_error(error, known_keys(), where) from error
+        inner = [f"data.{side}.0.{name}" for side in ("train", "eval") for name in DataPlace.model_fields]
+        raise as_config_error(error, [*known_keys(), *inner], where) from error
 
 
 def known_keys() -> list[str]:
@@ -330,8 +375,10 @@ def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str,
             yield key, config_text.dump_inline(default), field.description or ""
 
 
+# Places of data, which may also be named by a prefix.
+_DATA_KEYS = frozenset({"data.train", "data.eval", "data.train.path", "data.eval.path"})
 # Values that are paths, and so are read relative to the place where they are written.
-_PATH_KEYS = frozenset({"base", "output", "data.train", "data.eval", "data.chat_template", "adapter.from"})
+_PATH_KEYS = frozenset({"base", "output", "data.chat_template", "adapter.from"} | _DATA_KEYS)
 
 
 def _with_full_paths(key: str, value: Any, folder: Path) -> Any:
@@ -345,6 +392,8 @@ def _with_full_paths(key: str, value: Any, folder: Path) -> Any:
         return [_with_full_paths(key, part, folder) for part in value]
     if not isinstance(value, str | Path) or not str(value).strip():
         return value
+    if key in _DATA_KEYS and str(value).startswith(("hub:", "python:")):
+        return str(value)
     full = (folder / Path(value).expanduser()).resolve()
     if key == "base" and not full.exists() and not str(value).startswith((".", "/", "~")):
         return str(value)  # builtin:..., or a hub id

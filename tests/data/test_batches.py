@@ -4,16 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from manylora.data import batches
-from manylora.data.batches import Epochs, collate
-from manylora.data.examples import Example
-from manylora.types import IGNORED
-
-PAD = 7
+from manylora.data.batches import Epochs
+from manylora.data.example import Example
 
 
 def example(tokens, trained) -> Example:
@@ -44,87 +40,19 @@ def test_a_plan_holds_every_example_once_and_no_row_overflows(examples, packs, e
     assert packs or all(len(row) == 1 for row in rows)
 
 
-@given(example_lists())
-def test_packed_rows_keep_every_learned_token_once_and_never_cross_sequences(examples):
-    rows = Epochs(examples, row_tokens=32, seed=0, packs=True).rows(0)
-    batch = collate(
-        [[examples[index] for index in row] for row in rows], width=32, pad_id=PAD, packed=True, slots=[0] * len(rows)
-    )
-    tokens, labels, positions = batch.inputs["input_ids"], batch.targets["labels"], batch.inputs["position_ids"]
-    learned = Counter(labels[labels != IGNORED].tolist())
-    assert learned == Counter(token for one in examples for token in one.tokens[one.trained].tolist())
-    for row, column in (labels != IGNORED).nonzero().tolist():
-        assert labels[row, column] == tokens[row, column + 1]
-        assert positions[row, column + 1] == positions[row, column] + 1
-
-
-def test_packed_positions_restart_and_the_padding_is_one_more_run():
-    first, second = examples_of([3, 4])
-    batch = collate([[first, second], [second]], width=64, pad_id=PAD, packed=True, slots=[0, -1], streams=[5, 6])
-    assert set(batch.inputs) == {"input_ids", "position_ids"}
-    assert batch.inputs["input_ids"].tolist() == [
-        [100, 101, 102, 103, 104, 105, 106, PAD],
-        [103, 104, 105, 106, PAD, PAD, PAD, PAD],
-    ]
-    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 0, 1, 2, 3]]
-    none = IGNORED
-    assert batch.targets["labels"].tolist() == [
-        [101, 102, none, 104, 105, 106, none, none],
-        [104, 105, 106, none, none, none, none, none],
-    ]
-    assert batch.slots == (0, -1)
-    assert batch.streams == (5, 6)
-    assert batch.targets["labels"].dtype == batch.inputs["input_ids"].dtype == torch.int64
-
-
-def test_padded_rows_have_a_mask_and_plain_positions():
-    batch = collate([[one] for one in examples_of([3, 9])], width=64, pad_id=PAD, packed=False, slots=[0, 0])
-    mask = batch.inputs["attention_mask"]
-    assert mask.dtype == torch.bool
-    assert mask.sum(1).tolist() == [3, 9]
-    assert mask.shape == (2, 16)
-    assert mask[0].tolist() == [True] * 3 + [False] * 13
-    assert (batch.inputs["input_ids"][~mask] == PAD).all()
-    assert (batch.targets["labels"][~mask] == IGNORED).all()
-    assert batch.inputs["position_ids"][0].tolist() == list(range(3)) + list(range(13))
-    assert batch.streams is None
-
-
-@pytest.mark.parametrize(
-    ("lengths", "width", "expected"), [([8], 64, 8), ([9], 64, 16), ([9], 10, 10), ([3, 20], 64, 24)]
-)
-def test_the_width_is_the_longest_row_in_steps_of_8_and_at_most_the_limit(lengths, width, expected):
-    batch = collate(
-        [[one] for one in examples_of(lengths)], width=width, pad_id=PAD, packed=True, slots=[0] * len(lengths)
-    )
-    assert batch.inputs["input_ids"].shape[1] == expected
-
-
-def test_an_untrained_token_is_no_label():
-    batch = collate([[example([1, 2, 3, 4], [False, False, True, False])]], width=8, pad_id=0, packed=True, slots=[0])
-    assert batch.targets["labels"][0, :4].tolist() == [IGNORED, 3, IGNORED, IGNORED]
-
-
-def test_a_batch_that_cannot_be_is_refused():
-    first, second = examples_of([3, 4])
-    with pytest.raises(ValueError, match="holds one example"):
-        collate([[first, second]], width=8, pad_id=0, packed=False, slots=[0])
-    with pytest.raises(ValueError, match="row of 7 tokens"):
-        collate([[first, second]], width=6, pad_id=0, packed=True, slots=[0])
-    with pytest.raises(ValueError, match="2 slots"):
-        collate([[first]], width=8, pad_id=0, packed=True, slots=[0, 0])
+def test_an_example_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="rows of 3"):
-        Epochs([second], row_tokens=3, seed=0, packs=True)
+        Epochs(examples_of([4]), row_tokens=3, seed=0, packs=True)
 
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_a_plan_is_a_function_of_seed_and_epoch_alone(packs):
     examples = examples_of([2 + number % 19 for number in range(300)])
     plan = Epochs(examples, row_tokens=24, seed=3, packs=packs)
-    plans = [plan.rows(epoch) for epoch in (0, 1, 0)]
+    plans = [list(plan.rows(epoch)) for epoch in (0, 1, 0)]
     assert plans[0] == plans[2] != plans[1]
-    assert Epochs(examples, row_tokens=24, seed=3, packs=packs).rows(1) == plans[1]
-    assert Epochs(examples, row_tokens=24, seed=4, packs=packs).rows(1) != plans[1]
+    assert list(Epochs(examples, row_tokens=24, seed=3, packs=packs).rows(1)) == plans[1]
+    assert list(Epochs(examples, row_tokens=24, seed=4, packs=packs).rows(1)) != plans[1]
     Epochs(examples, row_tokens=24, seed=-1, packs=packs).rows(0)
 
 
@@ -146,3 +74,20 @@ def test_rows_of_like_length_stand_together_when_nothing_is_packed():
     groups = [[lengths[index] for (index,) in rows[start : start + 4]] for start in range(0, len(rows), 4)]
     padded = sum(max(group) * len(group) for group in groups)
     assert sum(lengths) / padded > 0.97
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_weights_say_how_often_an_epoch_shows_each_run_of_examples(packs, monkeypatch):
+    monkeypatch.setattr(batches, "WINDOW", 32)
+    examples = examples_of([2 + number % 19 for number in range(100)])
+    plan = Epochs(examples, row_tokens=24, seed=3, packs=packs, weights=((20, 2.5), (40, 0.25), (40, 1.0)))
+    counts = [Counter(index for row in plan.rows(epoch) for index in row) for epoch in (0, 1)]
+    for count in counts:
+        assert {count[index] for index in range(20)} == {2, 3}
+        assert sum(count[index] == 3 for index in range(20)) == 10
+        assert sum(count[index] for index in range(20, 60)) == 10
+        assert all(count[index] == 1 for index in range(60, 100))
+    assert counts[0] != counts[1]
+    assert plan.total_rows(2) == len(plan.rows(0)) + len(plan.rows(1))
+    with pytest.raises(ValueError, match="weights of 90 examples"):
+        Epochs(examples, row_tokens=24, seed=3, packs=packs, weights=((90, 1.0),))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from manylora.data.demo import demo_data_folder
-from manylora.data.formats import detect
+from manylora.data.formats.detect import detect
 from manylora.data.readers import read_rows
 
 

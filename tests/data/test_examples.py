@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.data.examples import encode
-from manylora.data.readers import Row
+from manylora.data import examples
+from manylora.data.examples import Encoded, Reading, encode
+from manylora.data.faults import RowFault
+from manylora.data.rows import Row
 from manylora.errors import ConfigError, DataError, UnknownName
 
 EOS, BOS = 0, 1
@@ -21,13 +23,17 @@ def pairs(*values):
     return rows(*({"prompt": prompt, "completion": completion} for prompt, completion in values))
 
 
+def encoded_as(some_rows, tokenizer, *, eos_id=EOS, **reading) -> Encoded:
+    return encode(some_rows, tokenizer, Reading(**{"max_length": 200} | reading), eos_id=eos_id)
+
+
 def one(values, tokenizer, **options):
-    return encode(rows(values), tokenizer, **{"max_length": 200, "eos_id": EOS, **options}).examples[0]
+    return encoded_as(rows(values), tokenizer, **options).examples[0]
 
 
 def refused(some_rows, tokenizer, **options) -> str:
     with pytest.raises(DataError) as caught:
-        encode(some_rows, tokenizer, **{"max_length": 200, "eos_id": EOS, **options})
+        encoded_as(some_rows, tokenizer, **options)
     return str(caught.value)
 
 
@@ -66,9 +72,7 @@ def test_the_first_of_several_eos_is_appended(tokenizer):
 
 
 def test_missing_white_space_is_said_and_nothing_is_invented(tokenizer):
-    encoded = encode(
-        pairs(("2 + 2", "4"), ("a\n", "4"), ("2 + 2", "5"), ("b", " 4")), tokenizer, max_length=99, eos_id=EOS
-    )
+    encoded = encoded_as(pairs(("2 + 2", "4"), ("a\n", "4"), ("2 + 2", "5"), ("b", " 4")), tokenizer)
     note = next(note for note in encoded.notes if "white space" in note)
     assert "2 of 4 rows, first rows.jsonl:1" in note
     assert tokenizer.decode(encoded.examples[0].tokens) == "2 + 24<|endoftext|>"
@@ -84,11 +88,12 @@ def test_every_token_of_a_text_but_the_first_is_learned(tokenizer):
 def test_a_split_text_learns_every_token_once_in_order(tokenizer, length, words):
     text = " ".join(f"word{number}" for number in range(words))
     whole = one({"text": text}, tokenizer, max_length=10_000)
-    parts = encode(rows({"text": text}), tokenizer, max_length=length, eos_id=EOS).examples
+    parts = encoded_as(rows({"text": text}), tokenizer, max_length=length).examples
     learned = np.concatenate([part.tokens[part.trained] for part in parts])
     assert learned.tolist() == whole.tokens[1:].tolist()
     assert all(len(part) <= length and not part.trained[0] and part.num_trained for part in parts)
-    assert {part.group for part in parts} == {text}
+    assert len({part.group for part in parts}) == 1
+    assert whole.group == (text if len(text) <= 256 else parts[0].group)
 
 
 def test_a_long_row_is_refused_with_its_length_the_limit_and_what_would_fit(tokenizer):
@@ -100,28 +105,88 @@ def test_a_long_row_is_refused_with_its_length_the_limit_and_what_would_fit(toke
     assert "2 of 3 rows" in message
 
 
-def test_right_cuts_the_end_and_says_so(tokenizer):
-    some = pairs(("a\n", "b " * 40), ("a\n", "b"))
-    encoded = encode(some, tokenizer, max_length=30, overflow="right", eos_id=EOS)
-    assert [len(example) for example in encoded.examples] == [30, len(encoded.examples[1])]
+def chat(*words_of_answers):
+    """A conversation with answers of so many words."""
+    turns = [
+        ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * words + "b"})
+        for words in words_of_answers
+    ]
+    return {"messages": [message for turn in turns for message in turn]}
+
+
+def test_right_cuts_a_text_anywhere_and_says_so(tokenizer):
+    some = rows({"text": "b " * 40}, {"text": "b"})
+    encoded = encoded_as(some, tokenizer, max_length=30, overflow="right")
+    assert [len(example) for example in encoded.examples] == [30, 2]
+    assert encoded.examples[0].num_trained == 29
     assert any("1 of 2 rows" in note and "cut at the end" in note for note in encoded.notes)
 
 
-def test_right_refuses_a_row_of_which_no_target_is_left(tokenizer):
-    assert "behind the cut" in refused(
-        pairs(("a " * 40, "b"), ("a\n", "b")), tokenizer, max_length=20, overflow="right"
-    )
+def test_right_cuts_a_conversation_after_the_last_turn_that_fits_whole(tokenizer):
+    encoded = encoded_as(rows(chat(5, 5, 60)), tokenizer, max_length=60, overflow="right")
+    whole = one(chat(5, 5), tokenizer)
+    assert encoded.examples[0].tokens.tolist() == whole.tokens.tolist()
+    assert encoded.examples[0].trained.tolist() == whole.trained.tolist()
 
 
-def test_right_refuses_a_data_set_in_which_no_end_is_left(tokenizer):
-    assert "no end token is learned" in refused(pairs(("a\n", "b " * 40)), tokenizer, max_length=20, overflow="right")
+def test_right_never_cuts_an_answer(tokenizer):
+    message = refused(rows(chat(2), chat(60)), tokenizer, max_length=30, overflow="right")
+    assert message.startswith("rows.jsonl:2: the row has ")
+    assert "its first target ends at token" in message
+    with pytest.raises(ConfigError, match="always cuts its target off"):
+        encoded_as(rows(PAIR), tokenizer, overflow="right")
+
+
+def test_a_data_set_in_which_no_end_is_left_is_refused(tokenizer):
+    assert "no end token is learned" in refused(rows({"text": "b " * 40}), tokenizer, max_length=20, overflow="right")
 
 
 def test_a_split_prompt_makes_no_sense_and_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="cannot be split"):
-        encode(rows(PAIR), tokenizer, max_length=20, overflow="split", eos_id=EOS)
+        encoded_as(rows(PAIR), tokenizer, max_length=20, overflow="split")
     with pytest.raises(ConfigError, match="nearest: right"):
-        encode(rows(PAIR), tokenizer, max_length=20, overflow="rihgt", eos_id=EOS)
+        encoded_as(rows({"text": "a b"}), tokenizer, max_length=20, overflow="rihgt")
+
+
+def test_bad_rows_can_be_skipped_and_are_counted_by_reason(tokenizer):
+    bad = [PAIR | {"completion": ""}, {"prompt": "a"}, PAIR | {"completion": " "}, PAIR | {"completion": "b " * 300}]
+    broken = Row({}, "rows.jsonl", 7, RowFault("broken JSON", "broken JSON at character 3"))
+    encoded = encoded_as([*rows(PAIR, *bad, PAIR), broken], tokenizer, on_bad_row="skip", format="prompt-completion")
+    assert [example.line for example in encoded.examples] == [1, 6]
+    assert [(reason.kind, reason.count, reason.where) for reason in encoded.skipped] == [
+        ("completion empty", 2, "rows.jsonl:2"),
+        ("misfit", 1, "rows.jsonl:3"),
+        ("broken JSON", 1, "rows.jsonl:7"),
+        ("too long", 1, "rows.jsonl:5"),
+    ]
+    table = encoded.notes[-5:]
+    assert table[0] == "5 of 7 rows are skipped:"
+    assert table[1] == "  2  completion empty: completion is empty (first rows.jsonl:2)"
+
+
+def test_skipping_every_row_is_no_success(tokenizer):
+    assert "completion is empty (the same in 2 of 2 rows)" in refused(
+        pairs(("a\n", ""), ("b\n", "")), tokenizer, on_bad_row="skip"
+    )
+
+
+def test_a_fault_says_how_many_rows_have_other_faults_and_how_to_skip_them(tokenizer):
+    message = refused(rows(PAIR, PAIR | {"completion": ""}, PAIR | {"prompt": None}), tokenizer)
+    assert "(1 of 3 rows have other faults)" in message
+    assert "data.on_bad_row: skip" in message
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer):
+    assert "'\\ud83d', half of a surrogate pair" in refused(pairs(("a\n", "b \ud83d")), tokenizer)
+
+
+def test_rows_beyond_the_first_chunk_are_read_by_the_same_format(tokenizer, monkeypatch):
+    monkeypatch.setattr(examples, "CHUNK_ROWS", 4)
+    encoded = encoded_as(pairs(*((f"{number}\n", "b") for number in range(11))), tokenizer)
+    assert [example.line for example in encoded.examples] == list(range(1, 12))
+    assert [example.prompt for example in encoded.examples] == [f"{number}\n" for number in range(11)]
+    message = refused([*pairs(*[("a\n", "b")] * 9), Row({"text": "a"}, "rows.jsonl", 10)], tokenizer)
+    assert message.startswith("rows.jsonl:10: the columns text do not fit")
 
 
 BAD = {
@@ -174,17 +239,17 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer):
 
 def test_a_named_format_must_exist_and_fit(tokenizer):
     with pytest.raises(UnknownName, match="nearest: text"):
-        encode(rows(PAIR), tokenizer, format="txet", max_length=9, eos_id=EOS)
+        encoded_as(rows(PAIR), tokenizer, format="txet")
     assert "rows.jsonl:1: the columns prompt, completion do not fit" in refused(rows(PAIR), tokenizer, format="text")
     assert "no rows" in refused([], tokenizer, format="text")
 
 
 def test_the_first_note_counts_what_is_learned(tokenizer):
-    encoded = encode(rows(PAIR, PAIR), tokenizer, max_length=99, eos_id=EOS)
+    encoded = encoded_as(rows(PAIR, PAIR), tokenizer)
     learned = sum(example.num_trained for example in encoded.examples)
     assert encoded.notes[0].startswith(f"format prompt-completion: 2 examples, {learned} of ")
 
 
 def test_columns_that_nobody_reads_are_said(tokenizer):
-    notes = encode(rows(PAIR | {"level": 3}, PAIR), tokenizer, max_length=99, eos_id=EOS).notes
+    notes = encoded_as(rows(PAIR | {"level": 3}, PAIR), tokenizer).notes
     assert "columns not used: level" in notes

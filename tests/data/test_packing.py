@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.data.packing import efficiency, pack
+from manylora.data.packing import pack
 
 
 @st.composite
@@ -71,11 +71,6 @@ def test_at_most_eleven_ninths_of_the_least_rows_where_it_is_known(job):
 @given(st.lists(st.integers(1, 12), max_size=8))
 def test_at_most_eleven_ninths_of_the_least_rows_found_by_trying(lengths):
     assert len(pack(lengths, 12)) <= 11 / 9 * least_rows(lengths, 12) + 1
-
-
-def test_efficiency_is_the_share_without_padding():
-    assert efficiency([[0, 1], [2]], [3, 5, 4], 8) == 12 / 16
-    assert efficiency([], [], 8) == 1.0
 
 
 @pytest.mark.parametrize("lengths", [[9], [0], [-1]])

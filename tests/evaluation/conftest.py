@@ -6,8 +6,9 @@ import pytest
 
 from manylora.adapters.adapter import Adapter
 from manylora.base.language import LanguageBase
-from manylora.data.examples import Example, encode
-from manylora.data.readers import Row
+from manylora.data.example import Example
+from manylora.data.examples import Reading, encode
+from manylora.data.rows import Row
 
 
 @pytest.fixture
@@ -27,4 +28,4 @@ PAIRS = [
 @pytest.fixture
 def examples(base: LanguageBase) -> list[Example]:
     rows = [Row({"prompt": p, "completion": c}, "pairs.jsonl", line) for line, (p, c) in enumerate(PAIRS, start=1)]
-    return encode(rows, base.tokenizer, max_length=64, eos_id=base.eos_ids).examples
+    return list(encode(rows, base.tokenizer, Reading(max_length=64), eos_id=base.eos_ids).examples)

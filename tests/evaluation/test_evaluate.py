@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from manylora.adapters.bank import Bank
-from manylora.data.examples import encode
-from manylora.data.readers import Row
+from manylora.data.examples import Reading, encode
+from manylora.data.rows import Row
 from manylora.errors import DataError, RouteError
 from manylora.evaluation import evaluate_loss, evaluate_losses, evaluate_text
 from manylora.generation import encode_prompt, generate, render_conversation, route_rows
@@ -132,7 +132,7 @@ def test_a_seed_repeats_drawn_answers(base, examples):
 
 def test_plain_text_has_nothing_to_answer(base):
     rows = [Row({"text": "some text"}, "a.txt", 1)]
-    examples = encode(rows, base.tokenizer, max_length=64, eos_id=base.eos_ids).examples
+    examples = encode(rows, base.tokenizer, Reading(max_length=64), eos_id=base.eos_ids).examples
     assert evaluate_text(base, examples, slot=-1, max_new_tokens=2, task=SFT) == ({}, [])
     assert evaluate_loss(base, examples, slot=-1, row_tokens=64, objective=OBJECTIVE)["tokens"] == 9
 
@@ -140,7 +140,7 @@ def test_plain_text_has_nothing_to_answer(base):
 def test_a_conversation_is_generated_from_what_training_showed(base):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     (example,) = encode(
-        [Row({"messages": messages}, "a.jsonl", 1)], base.tokenizer, max_length=64, eos_id=base.eos_ids
+        [Row({"messages": messages}, "a.jsonl", 1)], base.tokenizer, Reading(max_length=64), eos_id=base.eos_ids
     ).examples
     assert render_conversation(base.tokenizer, messages[:1]) == example.tokens[: example.prompt_length].tolist()
     _, (sample,) = evaluate_text(base, [example], slot=-1, max_new_tokens=2, task=SFT)

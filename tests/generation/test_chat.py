@@ -4,7 +4,12 @@ import pytest
 
 from manylora.errors import DataError
 from manylora.generation import Conversation, TextStream, generate
-from manylora.generation.chat import render_conversation
+from manylora.generation.chat import answered, render_conversation
+
+BYTE_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def test_a_conversation_is_rendered_up_to_the_assistants_turn(base):
@@ -37,6 +42,42 @@ def test_a_base_without_a_template_is_an_error_that_says_what_to_do(base):
 def test_turns_that_the_template_refuses_are_named(base):
     with pytest.raises(DataError, match="refuses the turns assistant: users speak first"):
         render_conversation(base.tokenizer, [{"role": "assistant", "content": "hi"}])
+
+
+def test_messages_are_brought_into_the_same_shape_as_in_training(base):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    plain = render_conversation(base.tokenizer, [{"role": "user", "content": "hi"}])
+    assert render_conversation(base.tokenizer, [{"role": "user", "content": parts, "weight": 0}]) == plain
+    with pytest.raises(DataError, match=r"has the role 'usr'\n  nearest: user"):
+        render_conversation(base.tokenizer, [{"role": "usr", "content": "hi"}])
+
+
+def test_tools_are_given_to_the_template(base):
+    base.tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.name }};{% endfor %}" + BYTE_TEMPLATE
+    tokens = render_conversation(base.tokenizer, [{"role": "user", "content": "hi"}], '[{"name": "add"}]')
+    assert base.tokenizer.decode(tokens) == "add;<|user|>hi<|end|><|assistant|>"
+
+
+SPACED = "{% for m in messages %}{{ ' ' if m.role == 'assistant' }}{{ m.content }}<|end|>{% endfor %}"
+REFUSING = "{% for m in messages %}{{ m.content if m.role == 'user' else raise_exception('no') }}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "content"),
+    [
+        (SPACED, " yes ", "yes "),
+        (SPACED, "  yes", " yes"),
+        (SPACED, "yes", "yes"),
+        (BYTE_TEMPLATE, " yes", " yes"),
+        (BYTE_TEMPLATE, "  ", "  "),
+        (SPACED.replace("m.content", "m.content | trim"), " yes", " yes"),
+        (REFUSING, " yes", " yes"),
+    ],
+)
+def test_an_answer_is_kept_so_that_the_template_writes_it_as_it_was_generated(base, template, text, content):
+    base.tokenizer.chat_template = template
+    messages = [{"role": "user", "content": "hi"}]
+    assert answered(base.tokenizer, messages, text) == content
 
 
 def test_a_turn_that_got_no_answer_is_forgotten(base):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from manylora.data.examples import Example
+from manylora.data.example import Example
 
 
 @pytest.fixture

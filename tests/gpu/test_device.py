@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.language import LanguageBase
-from manylora.data.batches import collate
+from manylora.data.collate import collate
 from manylora.objectives import OBJECTIVES
 from manylora.ops.low_rank import low_rank, reference
 from manylora.spec import AdapterSpec
 
 if TYPE_CHECKING:
-    from manylora.data.examples import Example
+    from manylora.data.example import Example
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manylora.base.sites import find_sites
-from manylora.types import Site
+from manylora.types import IGNORED, Batch, Outputs, Site
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -54,6 +54,12 @@ class FrozenModel:
         self.sites: dict[str, Site] = find_sites(model, head)
         self._fingerprint = fingerprint
         self.bank: Any = None
+        self.notes: list[str] = []
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several sequences."""
+        return False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,3 +81,30 @@ class FrozenModel:
     def num_parameters(self) -> int:
         """Parameters of the model, tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """The module's own outputs of a batch, floating inputs in the dtype of its weights."""
+        given = {name: value.to(self.dtype) if value.is_floating_point() else value
+                 for name, value in batch.inputs.items()}  # fmt: skip
+        made = self.model(**given)
+        return ModuleOutputs(made if isinstance(made, Tensor) else made.logits)
+
+
+class ModuleOutputs:
+    """Scores (rows, classes), or (rows, ..., classes) with one label for each of their places."""
+
+    def __init__(self, logits: Tensor):
+        self.logits = logits
+
+    def map_supervised(
+        self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Sums by row of `fn(logits (n, C), labels (n,)) -> {name: (n,)}` over places whose label is not IGNORED."""
+        chosen = labels.ne(IGNORED)
+        logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
+        values = fn(logits[chosen], labels[chosen])
+        rows = chosen.nonzero()[:, 0]
+        return {
+            name: torch.zeros(len(labels), dtype=value.dtype, device=value.device).index_add(0, rows, value)
+            for name, value in values.items()
+        }

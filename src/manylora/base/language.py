@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from manylora.base.frozen import FrozenModel
+from manylora.base.probes import Packing, RowRules, probe_rows
 from manylora.ops.dropout import mix
 from manylora.types import IGNORED, Batch
 
@@ -41,8 +43,9 @@ def post_head_maps(config: Any) -> dict[str, PostHead]:
 class LanguageBase(FrozenModel):
     """A transformers model that predicts tokens, with its tokenizer and what the probes found.
 
-    `packs`: rows of several sequences give the same hidden states as the sequences alone. `post_head`: the name of the
-    map after the head, None where the model's own logits are taken. `notes`: what was chosen and why, for the log.
+    `packing`: what keeps the sequences of a packed row apart ("positions" that restart, a "mask" of tokens x tokens),
+    "none" where a row holds one sequence. `causal`: no token sees a later one. `post_head`: the name of the map after
+    the head, None where the model's own logits are taken. `notes`: what was chosen and why, for the log.
     """
 
     def __init__(
@@ -68,15 +71,31 @@ class LanguageBase(FrozenModel):
         self.notes = list(notes)
         self.eos_ids = _stop_ids(model, tokenizer)
         self.pad_id = _pad_id(tokenizer, self.eos_ids)
+        self._takes = {"model": _arguments(self.model), "backbone": _arguments(self.backbone)}
+        self._padding = getattr(text_config, "pad_token_id", None)
+        self.rules = RowRules()
         self.post_head, self._post = self._probe_post_head(text_config)
-        self.packs = self._probe_packing()
-        self.notes.append(
-            "rows are packed: the packing probe passed"
-            if self.packs
-            else "rows are padded: this base mixes the sequences of a packed row"
-        )
+        self.rules, why = probe_rows(self._probe, self._draw, text_config)
+        self.notes.append(why)
+        if self.max_positions is not None:
+            self.max_positions -= self.rules.first_position or 0
         if self.post_head is None:
             self.notes.append("the model's own logits are taken whole: no known map after its head reproduces them")
+
+    @property
+    def packing(self) -> Packing:
+        """What keeps the sequences of a packed row apart; "none": rows of one sequence, padded."""
+        return self.rules.packing
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several sequences."""
+        return self.rules.packing != "none"
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees a later one."""
+        return self.rules.causal
 
     @property
     def tokenizer_digest(self) -> str | None:
@@ -95,54 +114,68 @@ class LanguageBase(FrozenModel):
 
     def outputs(self, batch: Batch) -> LanguageOutputs:
         """Hidden states of a batch, from which an objective maps the logits of the positions that it needs."""
-        if self.post_head is None:
-            return LanguageOutputs(self, self.model(**batch.inputs, use_cache=False).logits, batch)
-        return LanguageOutputs(self, self.backbone(**batch.inputs, use_cache=False)[0], batch)
+        return LanguageOutputs(self, self._states(self.rules, batch.inputs), batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) to (..., V) in float32 (float64 stays): the head site, then the model's own map after it."""
         if self._post is None or self.head is None:
             return _widen(hidden)
-        return self._post(_widen(self.head(hidden)))
+        return self._post(_widen(self._raw_logits(self.head, hidden)))
+
+    def _raw_logits(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        # Some models end in float32 whatever the dtype of their weights (Mamba), and narrow that before the head.
+        weight = head.get_parameter("weight")
+        return head(hidden.to(weight.dtype) if weight.is_floating_point() else hidden)
+
+    def _states(self, rules: RowRules, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states before the head; the model's own logits where no map after its head is known."""
+        if self.post_head is None:
+            logits: Tensor = self.model(**self._given("model", rules, inputs)).logits
+            return logits
+        hidden: Tensor = self.backbone(**self._given("backbone", rules, inputs))[0]
+        return hidden
+
+    def _given(self, module: str, rules: RowRules, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the model's forward; what it can do without and does not take is left out.
+
+        That is the cache, positions (the probes have shown that its own are the same), and, where no token sees a later
+        one, the mask of the padding at a row's end.
+        """
+        given = {**rules.given(inputs, self.dtype), "use_cache": False}
+        takes = self._takes[module]
+        spare = {"use_cache", "position_ids"} | ({"attention_mask"} if rules.causal else set())
+        return {name: value for name, value in given.items() if takes is None or name in takes or name not in spare}
 
     def _example(self, rows: int) -> Mapping[str, Tensor]:
-        generator = torch.Generator().manual_seed(7)
-        tokens = torch.randint(0, self.vocabulary, (rows, 8), generator=generator).to(self.device)
         positions = torch.arange(8, device=self.device).expand(rows, 8)
-        return {"input_ids": tokens, "position_ids": positions}
+        given = self._given("model", self.rules, {"input_ids": self._draw(rows, 8), "position_ids": positions})
+        return {name: value for name, value in given.items() if name != "use_cache"}
+
+    def _draw(self, rows: int, length: int) -> Tensor:
+        """Random tokens, none of them padding: a model may leave padding out when it counts its positions."""
+        generator = torch.Generator().manual_seed(7)
+        tokens = torch.randint(0, self.vocabulary, (rows, length), generator=generator)
+        if self._padding is not None:
+            tokens[tokens == self._padding] = (self._padding + 1) % self.vocabulary
+        return tokens.to(self.device)
+
+    def _probe(self, rules: RowRules, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self._states(rules, inputs).double()
 
     @torch.no_grad()
     def _probe_post_head(self, config: Any) -> tuple[str | None, PostHead | None]:
         if self.head is None or self.backbone is self.model:
             return None, None
-        inputs = self._example(1)
-        own = self.model(**inputs, use_cache=False).logits.double()
-        raw = self.head(self.backbone(**inputs, use_cache=False)[0]).double()
+        inputs = {"input_ids": self._draw(1, 8)}
+        own = self.model(**self._given("model", self.rules, inputs)).logits.double()
+        hidden = self.backbone(**self._given("backbone", self.rules, inputs))[0]
+        if hidden.shape[-1] != self.head.get_parameter("weight").shape[-1]:
+            return None, None  # something stands between the two that changes the width
+        raw = self._raw_logits(self.head, hidden).double()
         for name, post in post_head_maps(config).items():
             if raw.shape == own.shape and (post(raw) - own).norm() <= 1e-2 * own.norm():
                 return name, post
         return None, None
-
-    @torch.no_grad()
-    def _probe_packing(self) -> bool:
-        """Whether a row of two sequences gives its parts' hidden states: off by under a tenth of what mixing does."""
-        tokens = self._example(2)["input_ids"].reshape(1, 16)
-        cut = 7
-        positions = torch.cat([torch.arange(cut), torch.arange(16 - cut)]).to(self.device)[None]
-        try:
-            packed = self._hidden(tokens, positions)
-            parts = [
-                self._hidden(tokens[:, :cut], positions[:, :cut]),
-                self._hidden(tokens[:, cut:], positions[:, cut:]),
-            ]
-            mixed = self._hidden(tokens, torch.arange(16, device=self.device)[None])
-        except (TypeError, ValueError):
-            return False  # a model that takes no positions cannot be told where a sequence begins
-        alone = torch.cat(parts, dim=1)
-        return bool((packed - alone).norm() <= 0.1 * (mixed - alone).norm())
-
-    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.backbone(input_ids=tokens, position_ids=positions, use_cache=False)[0].double()
 
 
 class LanguageOutputs:
@@ -228,11 +261,19 @@ def chunks(counts: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]
     return groups
 
 
+def _arguments(module: nn.Module) -> frozenset[str] | None:
+    """Names of the keyword arguments that a forward takes; None: any."""
+    found = inspect.signature(module.forward).parameters.values()
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in found):
+        return None
+    return frozenset(one.name for one in found)
+
+
 def _widen(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _stop_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a generation: the tokenizer's end of text first, then the model's own list."""
     text_end = getattr(tokenizer, "eos_token_id", None)
     found: list[int] = [] if text_end is None else [text_end]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from manylora.base.fingerprint import folder_fingerprint, read_header, weight_files
 from manylora.base.language import LanguageBase
+from manylora.base.language import _stop_ids as stop_ids
 from manylora.errors import BaseBroken, BaseNotFound, ConfigError, nearest_names
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -20,8 +22,8 @@ def builtin_names() -> list[str]:
     return [f"builtin:{path.parent.name}" for path in sorted(BUILTIN.glob("*/config.json"))]
 
 
-def find_base(name: str) -> Path:
-    """The folder of a base: builtin, local, or downloaded from the hub into its own cache.
+def find_base(name: str, *, weights: bool = True) -> Path:
+    """The folder of a base: builtin, local, or downloaded from the hub into its own cache, with its weights or without.
 
     Raises:
         BaseNotFound: nothing is there, or the hub cannot be reached. BaseBroken: a folder without config.json.
@@ -43,7 +45,7 @@ def find_base(name: str) -> Path:
             nearest=nearest_names(str(folder), [*siblings, *builtin_names()]),
             allowed=f"a folder in Hugging Face format, a hub id (owner/name), {', '.join(builtin_names())}",
         )
-    return _download(name)
+    return _download(name, weights)
 
 
 def _hint(folder: Path) -> str:
@@ -52,10 +54,10 @@ def _hint(folder: Path) -> str:
     return "give a folder that model.save_pretrained wrote"
 
 
-def _download(name: str) -> Path:
+def _download(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises errors of several libraries; the cause is kept and shown
@@ -143,22 +145,14 @@ def load_base(
             )  # fmt: skip
             tokenizer = _tokenizer(folder, trust_remote_code)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            step = "set trust_remote_code: true if you trust its code" if "trust_remote_code" in str(error) else None
-            raise BaseBroken(f"transformers cannot load {folder}: {reason}", next_step=step) from error
+            raise _unreadable(folder, error) from error
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise BaseBroken(
             f"{folder} lacks {len(missing)} tensors of a {type(model).__name__}, the first is {missing[0]!r}",
             next_step="the folder is incomplete, or was saved from another class of model",
         )
-    if chat_template is not None:
-        path = Path(chat_template)
-        if not path.is_file():
-            raise BaseNotFound(
-                f"no chat template at {str(path)!r}", next_step="give a file that holds a Jinja template"
-            )
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    _set_template(tokenizer, chat_template)
     return LanguageBase(
         model.to(chosen_device),
         tokenizer=tokenizer,
@@ -167,6 +161,46 @@ def load_base(
         fingerprint=folder_fingerprint(folder),
         notes=[why_device, why_dtype],
     )
+
+
+def load_tokenizer(
+    name: str, chat_template: str | Path | None = None, *, trust_remote_code: bool = False
+) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of a base and the tokens at which its generation stops, as `load_base` finds them; no weights.
+
+    Raises:
+        BaseNotFound: nothing is at `name`. BaseBroken: no tokenizer, or no configuration of a model.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = find_base(name, weights=False)
+    with _quiet():
+        try:
+            tokenizer = _tokenizer(folder, trust_remote_code)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+            if (folder / "generation_config.json").is_file():
+                generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+            else:
+                generation = GenerationConfig.from_model_config(config)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise _unreadable(folder, error) from error
+    _set_template(tokenizer, chat_template)
+    return tokenizer, stop_ids(SimpleNamespace(generation_config=generation, config=config), tokenizer)
+
+
+def _set_template(tokenizer: Any, chat_template: str | Path | None) -> None:
+    if chat_template is None:
+        return
+    path = Path(chat_template)
+    if not path.is_file():
+        raise BaseNotFound(f"no chat template at {str(path)!r}", next_step="give a file that holds a Jinja template")
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+
+
+def _unreadable(folder: Path, error: Exception) -> BaseBroken:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    step = "set trust_remote_code: true if you trust its code" if "trust_remote_code" in str(error) else None
+    return BaseBroken(f"transformers cannot load {folder}: {reason}", next_step=step)
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from manylora.cli.opened import BaseName, Device, Opened, TrustRemoteCode, open_base
+from manylora.cli.opened import BaseName, Device, Opened, TrustRemoteCode, UseCache, open_base
 from manylora.cli.output import AsJson, Output, note
 from manylora.cli.places import Place, adapters_of, recognise
 from manylora.cli.train import show_scores
 from manylora.errors import UserError
 
 if TYPE_CHECKING:
-    from manylora.data.examples import Example
+    from manylora.config import DataPlace
+    from manylora.data.store import Examples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +29,18 @@ class Settings:
     format: str = "auto"
     columns: dict[str, str]
     overflow: str | None = None
+    turns: Literal["all", "last"] = "all"
+    on_bad_row: Literal["error", "skip"] = "error"
     chat_template: Path | None = None
     row_tokens: int = 512
     rows_per_batch: int = 8
-    data: tuple[Path, ...] = ()
+    data: tuple[DataPlace, ...] = ()
 
 
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run folder, an adapter folder, or a base.")],
     data: Annotated[
-        list[Path] | None, typer.Option("--data", help="Rows to evaluate on; may be repeated. Default: the run's own.")
+        list[str] | None, typer.Option("--data", help="Rows to evaluate on; may be repeated. Default: the run's own.")
     ] = None,
     base: BaseName = None,
     task: Annotated[
@@ -53,12 +56,15 @@ def evaluate(
     ] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    use_cache: UseCache = True,
     as_json: AsJson = False,
 ) -> None:
     """Score a base and the adapters on it."""
+    from manylora.config import DataPlace
+
     place = recognise(target)
     settings, folders = _what(place)
-    files = tuple(data or settings.data)
+    files = tuple(DataPlace(path=path) for path in data or ()) or settings.data
     if not files:
         raise UserError("no data to evaluate on", next_step=f"manylora evaluate {target} --data FILE")
     settings = replace(
@@ -70,14 +76,14 @@ def evaluate(
         settings.base, folders, dtype=settings.dtype, device=device, trust_remote_code=trust_remote_code,
         chat_template=settings.chat_template, auto=TASKS.get(settings.task).auto,
     )  # fmt: skip
-    examples = read_examples(opened, settings)
+    examples = read_examples(opened, settings, use_cache=use_cache)
     scores = {
         name: _score(opened, slot, examples, settings, max_new_tokens if text else 0, max_inputs)
         for name, slot in opened.slots.items()
     }
     output = Output(as_json)
     show_scores(output, scores)
-    output.finish({"target": target, "data": [str(path) for path in files], "eval": scores})
+    output.finish({"target": target, "data": [place.path for place in files], "eval": scores})
 
 
 def _what(place: Place) -> tuple[Settings, list[Path]]:
@@ -100,31 +106,39 @@ def _what(place: Place) -> tuple[Settings, list[Path]]:
 def _settings_of(path: Path) -> Settings:
     from manylora.config import load_config
 
+    from manylora.training.data import held_out_places
+
     config = load_config(path)
     data = config.data
     return Settings(
         base=config.base, task=config.task, dtype=config.dtype, format=data.format, columns=data.columns,
-        overflow=data.overflow, chat_template=data.chat_template, row_tokens=config.train.row_tokens, data=data.eval,
+        overflow=data.overflow, turns=data.turns, on_bad_row=data.on_bad_row, chat_template=data.chat_template,
+        row_tokens=config.train.row_tokens, data=held_out_places(config),
     )  # fmt: skip
 
 
-def read_examples(opened: Opened, settings: Settings, *, quiet: bool = False) -> list[Example]:
-    """The rows of the settings' files as the base is shown them."""
-    from manylora.data.examples import encode
-    from manylora.data.readers import read_rows
+def read_examples(opened: Opened, settings: Settings, *, quiet: bool = False, use_cache: bool = True) -> Examples:
+    """The rows of the settings' places as the base is shown them."""
+    from manylora.data.examples import Reading
+    from manylora.data.load import load_examples
+    from manylora.tasks import TASKS
+    from manylora.training.data import open_places
 
-    rows = read_rows(settings.data, columns=settings.columns)
-    encoded = encode(
-        rows, opened.base.tokenizer, format=settings.format, max_length=settings.row_tokens, overflow=settings.overflow,
-        eos_id=opened.base.eos_ids,
+    reading = Reading(
+        max_length=settings.row_tokens, format=settings.format, kinds=TASKS.get(settings.task).kinds,
+        overflow=settings.overflow, turns=settings.turns, on_bad_row=settings.on_bad_row,
     )  # fmt: skip
-    for line in () if quiet else encoded.notes:
+    base = opened.base
+    loaded = load_examples(
+        open_places(settings.data, settings.columns), base.tokenizer, reading, eos_ids=base.eos_ids, use_cache=use_cache
+    )
+    for line in () if quiet else loaded.notes():
         note(line)
-    return encoded.examples
+    return loaded.examples
 
 
 def _score(
-    opened: Opened, slot: int, examples: list[Example], settings: Settings, max_new_tokens: int, max_inputs: int | None
+    opened: Opened, slot: int, examples: Examples, settings: Settings, max_new_tokens: int, max_inputs: int | None
 ) -> dict[str, Any]:
     from manylora.evaluation.evaluate import evaluate_loss, evaluate_text
     from manylora.objectives import OBJECTIVES

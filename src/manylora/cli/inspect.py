@@ -1,31 +1,93 @@
-"""`manylora inspect`: what a base, an adapter or a run is made of."""
+"""`manylora inspect`: what a base, an adapter, a run or data are made of."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from manylora.cli.opened import Dtype, TrustRemoteCode
+from manylora.cli.data_look import Asked
+from manylora.cli.inspect_data import inspect_data
+from manylora.cli.opened import Dtype, TrustRemoteCode, UseCache
 from manylora.cli.output import AsJson, Output, note
-from manylora.cli.places import adapters_of, recognise
+from manylora.cli.places import Kind, adapters_of, recognise
+from manylora.errors import UserError
 
 if TYPE_CHECKING:
     from manylora.types import Site
 
+KINDS: tuple[Kind, ...] = ("data", "config", "run", "adapter", "base")
+OF_MODELS = frozenset({"sites", "dtype"})
+OF_ALL = frozenset({"target", "as_json", "trust_remote_code"})
+
 
 def inspect(
-    target: Annotated[str, typer.Argument(help="A base, an adapter folder, or a run folder.")],
-    sites: Annotated[bool, typer.Option("--sites", help="List every site, not only how many there are.")] = False,
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(help="Data, a configuration, a run folder, an adapter folder, or a base.")],
+    sites: Annotated[
+        bool, typer.Option("--sites", help="Of a base or adapter: list every site, not only how many there are.")
+    ] = False,
     dtype: Dtype = "bfloat16",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", help="Whose tokenizer reads the data. Default: the configuration's, or builtin:tiny-en."
+        ),
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option("--eval", help="Held-out data, to find what is trained on too.")
+    ] = None,
+    format_name: Annotated[str | None, typer.Option("--format", help="How a row is read. Default: found.")] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", metavar="OURS=YOURS,...", help="prompt=question,completion=answer")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=0, help="Show the first so many rows of each source. Default: 3.")
+    ] = None,
+    lines: Annotated[
+        list[int] | None, typer.Option("--row", min=1, metavar="LINE", help="Show the row at a line; may be repeated.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with all of it.")] = None,
+    row_tokens: Annotated[
+        int | None, typer.Option("--row-tokens", min=8, help="Tokens of a packed row. Default: 512.")
+    ] = None,
+    overflow: Annotated[
+        str | None, typer.Option("--overflow", help="Rows above --row-tokens: error, split or right.")
+    ] = None,
+    turns: Annotated[
+        Literal["all", "last"] | None, typer.Option("--turns", help="Which assistant turns are learned.")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option("--chat-template", help="A file with a chat template, in place of the base's.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="train, valid, test, ... of a folder or hub:NAME.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option("--subset", help="The configuration of hub:NAME.")] = None,
+    data: Annotated[bool, typer.Option("--data", help="Of a run: its data, not its course.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 2 where a row is bad.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    use_cache: UseCache = True,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a base, adapter or run holds."""
-    output, place = Output(as_json), recognise(target)
+    """Show what data, a base, an adapter or a run hold."""
+    output, place = Output(as_json), recognise(target, KINDS)
+    if place.kind == "run" and not data:
+        _check_options(context, OF_ALL, target, next_step=f"manylora inspect {target} --data ...")
+    elif place.kind in ("base", "adapter"):
+        _check_options(context, OF_ALL | OF_MODELS, target)
+    else:
+        _check_options(context, frozenset(context.params) - OF_MODELS, target)
+        asked = Asked(
+            base=base, eval=eval_data, format=format_name, columns=columns, row_tokens=row_tokens, overflow=overflow,
+            turns=turns, chat_template=chat_template, split=split, subset=subset, rows=rows, lines=lines or (),
+            html=html, strict=strict, trust_remote_code=trust_remote_code, use_cache=use_cache,
+        )  # fmt: skip
+        output.finish(inspect_data(output, place, asked))
+        return
     if place.kind == "adapter" and place.folder is not None:
         facts = _adapter(output, place.folder, sites)
     elif place.kind == "run" and place.folder is not None:
@@ -33,6 +95,21 @@ def inspect(
     else:
         facts = _base(output, place.name, sites, dtype, trust_remote_code)
     output.finish({"kind": place.kind} | facts)
+
+
+def _check_options(context: typer.Context, known: frozenset[str], target: str, *, next_step: str | None = None) -> None:
+    """Pass where every option that was typed says something about the target."""
+    options = {option.name: option for option in context.command.params if option.name not in known}
+    for name, option in options.items():
+        source = context.get_parameter_source(str(name))
+        if source is not None and source.name == "COMMANDLINE":
+            kind = recognise(target, KINDS).kind
+            typed = option.opts[0]
+            raise UserError(f"{typed} says nothing about {target!r}, which is {_article(kind)}", next_step=next_step)
+
+
+def _article(kind: Kind) -> str:
+    return {"adapter": "an adapter", "data": "data", "config": "a configuration"}.get(kind, f"a {kind}")
 
 
 def _lines(output: Output, facts: dict[str, Any]) -> None:

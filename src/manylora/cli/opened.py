@@ -22,6 +22,9 @@ BaseName = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the frozen base: bfloat16, float16, float32 or float64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+UseCache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Whether rows that were encoded before are taken from the cache.")
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manylora.cli.opened import UseCache
 from manylora.cli.output import AsJson, Output
 from manylora.errors import ConfigError
 
@@ -25,6 +26,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")
     ] = False,
+    use_cache: UseCache = True,
     keys: Annotated[bool, typer.Option("--keys", help="List every key, its default and its meaning.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +47,7 @@ def train(
     from manylora.training.console import Progress
     from manylora.training.run import train as run_training
 
-    result = run_training(load_config(config, overrides or ()), resume=resume, console=Progress())
+    result = run_training(load_config(config, overrides or ()), resume=resume, console=Progress(), use_cache=use_cache)
     show_summary(output, result.run, result.summary)
     output.finish(result.summary)
 

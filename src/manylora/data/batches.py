@@ -1,67 +1,110 @@
-"""From examples to batches: which examples share a row in each epoch, and the tensors of some rows.
+"""Which examples share a row in each epoch, and in what order the rows come.
 
-The plan of an epoch is a pure function of (examples, seed, epoch): resuming needs no state of it, and a neighbour in a
-fleet cannot change it.
+The plan of an epoch is a pure function of (examples, weights, seed, epoch): resuming needs no state of it, and a
+neighbour in a fleet cannot change it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
-import torch
 
-from manylora.data.packing import pack
-from manylora.types import IGNORED, Batch
+from manylora.data.packing import pack, row_width
+from manylora.data.store import lengths_of, num_trained_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from numpy.typing import NDArray
 
-    from manylora.data.examples import Example
+    from manylora.data.example import Example
 
 WINDOW = 4096  # examples packed together: enough that rows fill to the brim, few enough that packing takes milliseconds
 BLOCK = 16  # unpacked rows of like length that stay together: a batch of 4, 8 or 16 rows then has little padding
-WIDTH_STEP = 8  # widths are multiples of this: fast kernels want it, and fewer widths mean fewer compiled graphs
 
-Plan = list[tuple[int, ...]]
+Weights = Sequence[tuple[int, float]]
+"""How often an epoch shows the examples, in runs of (how many examples, how often each)."""
+
+
+class Plan(Sequence[tuple[int, ...]]):
+    """Rows of indices of examples, in order. Two arrays: an epoch of a million examples takes 16 MB."""
+
+    def __init__(self, rows: Sequence[Sequence[int]]):
+        self._starts = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=self._starts[1:])
+        self._items = np.fromiter((index for row in rows for index in row), np.int64, count=int(self._starts[-1]))
+
+    @classmethod
+    def joined(cls, plans: Sequence[Plan], order: NDArray[np.int64]) -> Plan:
+        """The rows of several plans as one plan, row `order[k]` in place k."""
+        sizes = np.concatenate([np.diff(plan._starts) for plan in plans])
+        items = np.concatenate([plan._items for plan in plans])
+        firsts = np.concatenate([[0], np.cumsum(sizes)])
+        made = cls(())
+        made._starts = np.concatenate([[0], np.cumsum(sizes[order])])
+        # Item j of the new row k is item j of the old row order[k].
+        inside = np.arange(made._starts[-1]) - np.repeat(made._starts[:-1], sizes[order])
+        made._items = items[np.repeat(firsts[:-1][order], sizes[order]) + inside]
+        return made
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, ...]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[int, ...]]: ...
+    def __getitem__(self, place: int | slice) -> tuple[int, ...] | list[tuple[int, ...]]:
+        if isinstance(place, slice):
+            return [self[at] for at in range(*place.indices(len(self)))]
+        at = range(len(self))[place]
+        return tuple(self._items[self._starts[at] : self._starts[at + 1]].tolist())
 
 
 class Epochs:
-    """The rows of each epoch, as indices into `examples`. `packs`: several examples may share a row; else one each."""
+    """The rows of each epoch, as indices into `examples`. `packs`: several examples may share a row; else one each.
 
-    def __init__(self, examples: Sequence[Example], *, row_tokens: int, seed: int, packs: bool):
+    `weights` (none: each example once) says how often an epoch shows each run of examples: 2.5 is twice, and half of
+    them, drawn anew each epoch, once more.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, row_tokens: int, seed: int, packs: bool, weights: Weights = ()):
         self.examples = examples
         self.row_tokens = row_tokens
         self.seed = seed
         self.packs = packs
-        self._lengths = [len(example) for example in examples]
+        self.weights = tuple(weights) or ((len(examples), 1.0),)
+        self._lengths = lengths_of(examples)
         self._counts: dict[int, int] = {}
         self._last: tuple[int, Plan] | None = None
-        if not self._lengths or max(self._lengths) > row_tokens:
+        if not len(self._lengths) or self._lengths.max() > row_tokens:
+            longest = self._lengths.max(initial=0)
+            raise ValueError(f"{len(self._lengths)} examples of up to {longest} tokens, rows of {row_tokens}")
+        if sum(count for count, _ in self.weights) != len(examples):
             raise ValueError(
-                f"{len(self._lengths)} examples of up to {max(self._lengths, default=0)} tokens, rows of {row_tokens}"
+                f"weights of {sum(count for count, _ in self.weights)} examples, and {len(examples)} are there"
             )
 
     def rows(self, epoch: int) -> Plan:
-        """The rows of an epoch, in the order of training; every example once."""
+        """The rows of an epoch, in the order of training; without weights, every example once."""
         if self._last is None or self._last[0] != epoch:
             draw = np.random.default_rng([self.seed % 2**64, epoch])
-            order = draw.permutation(len(self._lengths))
+            order = self._drawn(draw)
             arrange = self._packed if self.packs else self._blocks
-            groups: list[Plan] = []
-            for start in range(0, len(order), WINDOW):
-                groups += arrange(order[start : start + WINDOW].tolist())
-            self._last = epoch, [row for place in draw.permutation(len(groups)) for row in groups[place]]
+            windows = [arrange(order[start : start + WINDOW]) for start in range(0, len(order), WINDOW)]
+            size = 1 if self.packs else BLOCK
+            self._last = epoch, Plan.joined(windows, _shuffled(windows, size, draw))
             self._counts[epoch] = len(self._last[1])
         return self._last[1]
 
     def num_rows(self, epoch: int) -> int:
         """How many rows an epoch has."""
-        if not self.packs:
-            return len(self._lengths)
-        if len(self._lengths) <= WINDOW:
-            epoch = 0  # one window: its rows depend on the lengths, not on their order
+        if self._same_each_epoch:
+            if not self.packs:
+                return len(self._lengths)
+            if len(self._lengths) <= WINDOW:
+                epoch = 0  # one window: its rows depend on the lengths, not on their order
         if epoch not in self._counts:
             self.rows(epoch)
         return self._counts[epoch]
@@ -72,63 +115,45 @@ class Epochs:
         rest = epochs - whole
         return sum(map(self.num_rows, range(whole))) + (math.ceil(rest * self.num_rows(whole)) if rest else 0)
 
-    def _packed(self, window: list[int]) -> list[Plan]:
-        rows = pack([self._lengths[index] for index in window], self.row_tokens)
-        return [[tuple(window[place] for place in row)] for row in rows]
+    def fill(self, rows_per_step: int) -> tuple[int, int, int]:
+        """Of the first epoch: targets, tokens, and tokens that are computed when a step holds so many rows."""
+        plan = self.rows(0)
+        used = np.fromiter((int(self._lengths[list(row)].sum()) for row in plan), dtype=np.int64, count=len(plan))
+        steps = [used[start : start + rows_per_step] for start in range(0, len(used), rows_per_step)]
+        computed = sum(len(step) * row_width(int(step.max()), self.row_tokens) for step in steps)
+        shown = np.fromiter((index for row in plan for index in row), dtype=np.int64)
+        return int(num_trained_of(self.examples)[shown].sum()), int(used.sum()), computed
 
-    def _blocks(self, window: list[int]) -> list[Plan]:
+    @property
+    def _same_each_epoch(self) -> bool:
+        return all(weight == 1.0 for _, weight in self.weights)
+
+    def _drawn(self, draw: np.random.Generator) -> NDArray[np.int64]:
+        """The examples of one epoch, in random order."""
+        if self._same_each_epoch:
+            return draw.permutation(len(self._lengths))
+        chosen, start = [], 0
+        for count, weight in self.weights:
+            run = np.arange(start, start + count)
+            again = round((weight - math.floor(weight)) * count)
+            chosen += [run] * math.floor(weight) + [draw.permutation(run)[:again]]
+            start += count
+        return draw.permutation(np.concatenate(chosen))
+
+    def _packed(self, window: NDArray[np.int64]) -> Plan:
+        places = window.tolist()
+        rows = pack(self._lengths[window].tolist(), self.row_tokens)
+        return Plan([[places[place] for place in row] for row in rows])
+
+    def _blocks(self, window: NDArray[np.int64]) -> Plan:
         # The sort is stable, so examples of one length stay in their drawn order.
-        rows: Plan = [(index,) for index in sorted(window, key=lambda index: self._lengths[index])]
-        return [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
+        return Plan([(index,) for index in window[np.argsort(self._lengths[window], kind="stable")].tolist()])
 
 
-def collate(
-    examples_per_row: Sequence[Sequence[Example]],
-    *,
-    width: int,
-    pad_id: int,
-    packed: bool,
-    slots: Sequence[int],
-    streams: Sequence[int] | None = None,
-) -> Batch:
-    """The tensors of some rows, on the CPU; as wide as the longest row, rounded up to a multiple of 8, at most `width`.
-
-    `labels` (rows, tokens) int64 are shifted: what each position must predict, IGNORED at the end of each sequence,
-    where the next token is no target, and on padding. Packed: positions restart at each sequence, padding is one more
-    run from 0, and there is no attention mask (transformers finds packed sequences by position only without one).
-    Padded: one example a row and `attention_mask` (rows, tokens) bool, True on its tokens.
-
-    Raises:
-        ValueError: a row longer than `width`; several examples in a padded row; not one slot and stream per row.
-    """
-    if len(slots) != len(examples_per_row) or (streams is not None and len(streams) != len(slots)):
-        raise ValueError(
-            f"{len(examples_per_row)} rows, {len(slots)} slots, {'no' if streams is None else len(streams)} streams"
-        )
-    if not packed and any(len(row) != 1 for row in examples_per_row):
-        raise ValueError("a padded row holds one example")
-    used = [sum(map(len, row)) for row in examples_per_row]
-    if max(used) > width:
-        raise ValueError(f"a row of {max(used)} tokens in a batch of width {width}")
-    shape = len(used), min(width, -(-max(used) // WIDTH_STEP) * WIDTH_STEP)
-    tokens = np.full(shape, pad_id, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
-    for row, examples in enumerate(examples_per_row):
-        start = 0
-        for example in examples:
-            stop = start + len(example)
-            tokens[row, start:stop] = example.tokens
-            labels[row, start : stop - 1] = np.where(example.trained[1:], example.tokens[1:], IGNORED)
-            positions[row, start:stop] = np.arange(stop - start)
-            start = stop
-        positions[row, start:] = np.arange(shape[1] - start)
-    inputs = {"input_ids": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions)}
-    if not packed:
-        inputs["attention_mask"] = torch.arange(shape[1]) < torch.tensor(used)[:, None]
-    return Batch(
-        inputs=inputs,
-        targets={"labels": torch.from_numpy(labels)},
-        slots=tuple(slots),
-        streams=None if streams is None else tuple(streams),
-    )
+def _shuffled(windows: Sequence[Plan], size: int, draw: np.random.Generator) -> NDArray[np.int64]:
+    """The rows of all windows in random order, but rows of one window in groups of `size` that stay together."""
+    starts, first = [], 0
+    for window in windows:
+        starts += [(first + at, first + min(at + size, len(window))) for at in range(0, len(window), size)]
+        first += len(window)
+    return np.concatenate([np.arange(*starts[place]) for place in draw.permutation(len(starts))])

@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+WIDTH_STEP = 8  # widths are multiples of this: fast kernels want it, and fewer widths mean fewer compiled graphs
+
+
+def row_width(longest: int, limit: int) -> int:
+    """How many tokens the rows of a batch have whose longest row uses so many: a multiple of 8, at most `limit`."""
+    return min(limit, -(-longest // WIDTH_STEP) * WIDTH_STEP)
+
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Rows of indices into `lengths`; each index once, no row above `row_tokens` tokens in sum.
@@ -42,8 +49,3 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
                 insort(rooms, left)
             by_room[left].append(row)
     return rows
-
-
-def efficiency(rows: Sequence[Sequence[int]], lengths: Sequence[int], row_tokens: int) -> float:
-    """The share of the rows' tokens that are not padding, from 0 to 1."""
-    return sum(lengths[index] for row in rows for index in row) / (len(rows) * row_tokens) if rows else 1.0

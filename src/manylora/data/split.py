@@ -5,16 +5,23 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from manylora.data.store import column_of
 from manylora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from manylora.data.examples import Example
+    from numpy.typing import NDArray
+
+    from manylora.data.example import Example
 
 
-def split_by_group(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, eval), each in the given order; eval holds about `fraction` of the examples, in whole groups.
+def split_by_group(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(train, eval) as places of examples, in the given order; eval holds about `fraction` of them, in whole groups.
 
     A group is all examples with the same prompt (of plain text: with the same text), so no input is on both sides.
     Groups are drawn by their text and the seed, whatever the order of the rows.
@@ -24,22 +31,23 @@ def split_by_group(examples: Sequence[Example], fraction: float, seed: int) -> t
     """
     if not 0.0 < fraction < 1.0:
         raise ConfigError(f"eval_fraction is {fraction!r}", allowed="above 0 and below 1", next_step="try 0.05")
-    sizes: dict[str, int] = {}
-    for example in examples:
-        sizes[example.group] = sizes.get(example.group, 0) + 1
+    draws = [_draw(group, seed) for group in column_of(examples, "group")]
+    sizes: dict[bytes, int] = {}
+    for draw in draws:
+        sizes[draw] = sizes.get(draw, 0) + 1
     if len(sizes) < 2:
         raise DataError(
             f"{len(examples)} examples share {len(sizes)} prompt, so none can be held out for evaluation",
             next_step="name a file of its own: data.eval, and drop data.eval_fraction",
         )
-    held_out = _held_out(sizes, fraction * len(examples), seed)
-    train = [example for example in examples if example.group not in held_out]
-    return train, [example for example in examples if example.group in held_out]
+    chosen = _held_out(sizes, fraction * len(examples))
+    held_out = np.fromiter((draw in chosen for draw in draws), dtype=np.bool_, count=len(draws))
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def _held_out(sizes: dict[str, int], wanted: float, seed: int) -> set[str]:
+def _held_out(sizes: dict[bytes, int], wanted: float) -> set[bytes]:
     """Groups in drawn order until `wanted` examples are reached as nearly as they allow; never none, never all."""
-    drawn = sorted(sizes, key=lambda group: _draw(group, seed))
+    drawn = sorted(sizes)
     chosen, count = {drawn[0]}, sizes[drawn[0]]
     for group in drawn[1:-1]:
         if count + sizes[group] / 2 > wanted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from manylora.errors import DataError
 
@@ -12,30 +12,40 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-TEXTS_AT_ONCE = 2048  # the fast tokenizers work on a whole list in parallel; this bounds the memory of one call
-
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """Tokens and, beside each, whether it is learned."""
+    """Tokens, and which of them are targets: `spans` of (start, stop), in order, none empty.
+
+    `tags` are the classes of the target tokens, in order, where a target is a class and not the token itself.
+    """
 
     tokens: list[int]
-    trained: list[bool]
+    spans: list[tuple[int, int]]
+    tags: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRules:
     """`front_bos` is the BOS that the tokenizer itself puts before a text (None: it puts none); `eos_id` is appended to
-    what is learned; generation stops at `stop_ids`; `end_ids` (these and the other special tokens) may end a turn."""
+    what is learned; generation stops at `stop_ids`; `end_ids` (these and the other special tokens) may end a turn; of a
+    conversation all assistant turns are learned, or the last."""
 
     tokenizer: PreTrainedTokenizerBase
     front_bos: int | None
     eos_id: int
     stop_ids: frozenset[int]
     end_ids: frozenset[int]
+    turns: Literal["all", "last"] = "all"
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, eos_id: int | Sequence[int] | None) -> TokenRules:
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_id: int | Sequence[int] | None,
+        *,
+        turns: Literal["all", "last"] = "all",
+    ) -> TokenRules:
         """The rules of one tokenizer; the first of several `eos_id` is the one appended.
 
         Raises:
@@ -49,17 +59,21 @@ class TokenRules:
             )
         added = tokenizer.added_tokens_decoder
         special = {index for index, token in added.items() if token.special}
-        return cls(tokenizer, _front_bos(tokenizer), eos_ids[0], frozenset(eos_ids), frozenset({*eos_ids, *special}))
+        ends = frozenset({*eos_ids, *special})
+        return cls(tokenizer, _front_bos(tokenizer), eos_ids[0], frozenset(eos_ids), ends, turns)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, with nothing added."""
-        tokens: list[list[int]] = []
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            part = list(texts[start : start + TEXTS_AT_ONCE])
+        """The tokens of each text, with nothing added.
+
+        Semantics: tokenizer(texts, add_special_tokens=False)["input_ids"]; where nothing of that call is overridden,
+        the library below it is asked directly, which saves the lists that nobody reads.
+        """
+        backend = _plain_backend(self.tokenizer)
+        if backend is None:
             # verbose=False: a text above the model's own limit is judged by `overflow`, not by a warning
-            encoded = self.tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            tokens += encoded["input_ids"]
-        return tokens
+            encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+            return [list(one) for one in encoded["input_ids"]] if texts else []
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, special ones included."""
@@ -82,3 +96,18 @@ def _front_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     # Asked of the tokenizer itself: `add_bos_token` is missing, or not obeyed, in many configurations.
     with_special, without = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
     return bos if with_special[:1] == [bos] and without[:1] != [bos] else None
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The `tokenizers.Tokenizer` that encodes exactly as the tokenizer itself does; None where that is not sure."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    kind, fast = type(tokenizer), PreTrainedTokenizerFast
+    plain = kind.__call__ is PreTrainedTokenizerBase.__call__ and kind._encode_plus is fast._encode_plus
+    backend = tokenizer.backend_tokenizer
+    if not plain or backend.truncation is not None or backend.padding is not None:
+        return None
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    return backend if backend.encode_special_tokens == split else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manylora.data.batches import Epochs, collate
+from manylora.data.batches import Epochs
+from manylora.data.collate import batch_of
 from manylora.errors import ConfigError, DataError
 from manylora.generation.decode import generate
 from manylora.generation.route import route_rows
@@ -15,16 +16,17 @@ from manylora.ops.dropout import mix
 from manylora.tasks.task import Metrics, Sample, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from manylora.base.frozen import FrozenModel
     from manylora.base.language import LanguageBase
-    from manylora.data.examples import Example
+    from manylora.data.example import Example
     from manylora.types import Objective
 
 
 def evaluate_loss(
-    base: LanguageBase,
-    examples: Sequence[Example],
+    base: FrozenModel,
+    examples: Sequence[Any],
     *,
     slot: int,
     row_tokens: int,
@@ -44,8 +46,8 @@ def evaluate_loss(
 
 @torch.no_grad()
 def evaluate_losses(
-    base: LanguageBase,
-    examples: Sequence[Example],
+    base: FrozenModel,
+    examples: Sequence[Any],
     *,
     slots: Sequence[int],
     row_tokens: int,
@@ -64,25 +66,31 @@ def evaluate_losses(
     if rows_per_batch < 1:
         raise ConfigError(f"rows_per_batch is {rows_per_batch}", allowed="at least 1")
     totals, weights = torch.zeros(len(slots), dtype=torch.float64), torch.zeros(len(slots), dtype=torch.float64)
+    metrics: dict[str, torch.Tensor] = {}
     rows = Epochs(examples, row_tokens=row_tokens, seed=0, packs=base.packs).rows(0) if examples else []
     for start in range(0, len(rows), rows_per_batch):
         chosen = [[examples[index] for index in row] for row in rows[start : start + rows_per_batch]]
         # Slot by slot, so that each slot's update runs over one block of rows.
-        batch = collate(
-            chosen * len(slots),
-            width=row_tokens,
-            pad_id=base.pad_id,
-            packed=base.packs,
-            slots=tuple(slot for slot in slots for _ in chosen),
-            streams=None,
+        batch = batch_of(
+            chosen * len(slots), base, width=row_tokens, slots=tuple(slot for slot in slots for _ in chosen)
         )
         batch = batch.to(base.device)
         with route_rows(base, batch.slots):
             found = objective(base.outputs(batch), batch)
         totals += found.total.double().cpu().view(len(slots), -1).sum(dim=1)
+        for name, values in found.metrics.items():
+            sums = values.double().cpu().view(len(slots), -1).sum(dim=1)
+            metrics[name] = metrics[name] + sums if name in metrics else sums
         weights += objective.weight(batch).double().cpu().view(len(slots), -1).sum(dim=1)
-    sums = zip(totals.tolist(), weights.tolist(), strict=True)
-    return [_metrics(total, weight, len(examples)) for total, weight in sums]
+    return [
+        _metrics(
+            totals[place].item(),
+            weights[place].item(),
+            {name: values[place].item() for name, values in metrics.items()},
+            len(examples),
+        )
+        for place in range(len(slots))
+    ]
 
 
 def evaluate_text(
@@ -133,14 +141,15 @@ def _inputs(examples: Sequence[Example]) -> list[tuple[tuple[int, ...], list[Exa
     return list(found.items())
 
 
-def _metrics(total: float, weight: float, num_examples: int) -> Metrics:
+def _metrics(total: float, weight: float, sums: Mapping[str, float], num_examples: int) -> Metrics:
     if weight == 0:
         raise DataError(
             f"none of the {num_examples} examples has a trained token, so there is no loss to measure",
             next_step="give rows with a completion or an assistant turn",
         )
     loss = total / weight
-    return {"loss": loss, "perplexity": _exponential(loss), "tokens": weight}
+    means = {name: value / weight for name, value in sums.items()}
+    return {"loss": loss, "perplexity": _exponential(loss), **means, "tokens": weight}
 
 
 def _exponential(value: float) -> float:

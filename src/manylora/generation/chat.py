@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from manylora.data import chat
+from manylora.data.faults import RowFault
 from manylora.data.tokens import TokenRules
 from manylora.errors import DataError
 from manylora.generation.decode import Generation, generate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from manylora.base.language import LanguageBase
 
@@ -21,25 +23,42 @@ def encode_prompt(base: LanguageBase, text: str) -> list[int]:
     return [*rules.front, *rules.encode([text])[0]]
 
 
-def render_conversation(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation, up to where the assistant's next turn begins.
+def render_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+    """The tokens of a conversation, up to where the assistant's next turn begins: rendered as training renders it.
 
     Raises:
-        DataError: the tokenizer has no chat template, or the template refuses the turns.
+        DataError: the tokenizer has no chat template, a message cannot be read, or the template refuses the turns.
     """
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "this base has no chat template, so it cannot hold a conversation",
             next_step="give one with data.chat_template, or use `manylora generate`, which needs none",
         )
     try:
-        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the chat template refuses the turns {roles}: {error}") from error
-    return [int(token) for token in tokens]
+        return chat.prompt_tokens(list(messages), tokenizer, tools)
+    except RowFault as fault:
+        raise DataError(fault.what, nearest=fault.nearest, allowed=fault.allowed, next_step=fault.next_step) from fault
+
+
+def answered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str, tools: Any = None) -> str:
+    """The content of an assistant turn that was generated as `text`.
+
+    A template may write white space before the content; what was generated then begins with it, and would have it twice
+    when the turn is rendered again.
+    """
+    num_spaces = len(text) - len(text.lstrip())
+    if num_spaces in (0, len(text)):
+        return text
+    before = chat.rendered_turns(messages, tokenizer, tools, generation_prompt=True)
+    for content in (text[start:] for start in range(num_spaces + 1)):
+        turns = [*messages, {"role": "assistant", "content": content}]
+        try:
+            again = chat.rendered_turns(turns, tokenizer, tools, generation_prompt=False)
+        except RowFault:
+            break  # said when the next turn is asked for; the answer is given all the same
+        if again.startswith(before + text):
+            return content
+    return text
 
 
 class Conversation:
@@ -84,7 +103,8 @@ class Conversation:
         except BaseException:
             self.messages.pop()  # a turn that got no answer is not part of the conversation
             raise
-        self.messages.append({"role": "assistant", "content": answer.text})
+        content = answered(self.base.tokenizer, self.messages, answer.text)
+        self.messages.append({"role": "assistant", "content": content})
         return answer
 
     def make_room(self, text: str, *, max_new_tokens: int) -> int:

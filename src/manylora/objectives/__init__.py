@@ -3,4 +3,10 @@
 from manylora.table import Table
 from manylora.types import Objective
 
-OBJECTIVES: Table[Objective] = Table("objective", {"causal-lm": "manylora.objectives.causal_lm:CAUSAL_LM"})
+OBJECTIVES: Table[Objective] = Table(
+    "objective",
+    {
+        "causal-lm": "manylora.objectives.causal_lm:CAUSAL_LM",
+        "classification": "manylora.objectives.classification:CLASSIFICATION",
+    },
+)

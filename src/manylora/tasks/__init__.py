@@ -3,6 +3,6 @@
 from manylora.table import Table
 from manylora.tasks.task import Metrics, Sample, Task
 
-TASKS: Table[Task] = Table("task", {"sft": "manylora.tasks.sft:SFT"})
+TASKS: Table[Task] = Table("task", {"sft": "manylora.tasks.sft:SFT", "module": "manylora.tasks.module:MODULE"})
 
 __all__ = ["TASKS", "Metrics", "Sample", "Task"]

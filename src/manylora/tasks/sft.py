@@ -17,6 +17,7 @@ class SupervisedFineTuning:
 
     name = "sft"
     auto = "AutoModelForCausalLM"
+    kinds = ("sequence",)
     objective = "causal-lm"
 
     def metrics(self, samples: Sequence[Sample]) -> Metrics:

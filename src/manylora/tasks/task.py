@@ -26,6 +26,8 @@ class Task(Protocol):
     name: str
     auto: str
     """The transformers Auto class that loads a base for it."""
+    kinds: tuple[str, ...]
+    """The kinds of data format that it learns from."""
     objective: str
     """The name of what is minimised, in `objectives.OBJECTIVES`."""
 

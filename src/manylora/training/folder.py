@@ -11,14 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manylora.base.tokenizer import template_digest, tokenizer_digest
 from manylora.errors import CheckpointBroken, OutputExists
-from manylora.files import file_digest, recover, write_json_atomic, write_text_atomic
+from manylora.files import recover, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
-    from manylora.base.language import LanguageBase
+    from manylora.base.frozen import FrozenModel
     from manylora.config import Config
 
-PACKAGES = ("manylora", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("manylora", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
 class RunFolder:
@@ -71,7 +72,7 @@ class RunFolder:
         recover(self.path)
         write_text_atomic(self.path / "config.yaml", config.to_yaml())
 
-    def write_manifest(self, base: LanguageBase, files: list[Path]) -> None:
+    def write_manifest(self, base: FrozenModel, data: dict[str, Any]) -> None:
         """What the run stood on: versions, machine, base, data, and the state of the code if it is under git."""
         manifest = {
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -85,10 +86,10 @@ class RunFolder:
             "base": {
                 "name": base.name,
                 "fingerprint": base.fingerprint,
-                "tokenizer": base.tokenizer_digest,
-                "chat_template": base.template_digest,
+                "tokenizer": tokenizer_digest(base.tokenizer),
+                "chat_template": template_digest(base.tokenizer),
             },
-            "data": {str(path): f"sha256:{file_digest(path)}" for path in files},
+            "data": data,
             "git": _git(),
             "command": sys.argv,
         }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from manylora.base.language import LanguageBase
+from manylora.base.frozen import FrozenModel
 from manylora.errors import NonFiniteLoss
 from manylora.evaluation.evaluate import evaluate_loss
 from manylora.training.checkpoint import Checkpoints
@@ -42,7 +42,7 @@ class Loop:
 
     def __init__(
         self,
-        base: LanguageBase,
+        base: FrozenModel,
         objective: Objective,
         members: Sequence[Member],
         recorder: Recorder,

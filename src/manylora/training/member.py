@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from manylora.data.batches import Epochs
-from manylora.data.examples import Example
+from manylora.data.example import Example
 from manylora.errors import ConfigError
 from manylora.ops.dropout import mix
 from manylora.spec import AdapterSpec

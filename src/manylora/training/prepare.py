@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
+from manylora.base.frozen import FrozenModel
 from manylora.base.language import LanguageBase
 from manylora.base.load import load_base
 from manylora.data.batches import Epochs
-from manylora.data.examples import Example, encode
-from manylora.data.readers import read_rows
-from manylora.data.split import split_by_group
 from manylora.errors import BaseMismatch, ConfigError
 from manylora.tasks import TASKS
+from manylora.training.data import (
+    filling,
+    held_out_places,
+    object_of,
+    open_places,
+    reading_of,
+    split_off,
+    tensor_data,
+    text_data,
+)
 from manylora.training.member import Member, Recipe, total_steps
 
 if TYPE_CHECKING:
@@ -29,46 +36,41 @@ MEMBER = "main"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything that a run needs, checked; nothing has been written yet."""
+    """Everything that a run needs, checked; nothing has been written yet. `data` is for the manifest."""
 
-    base: LanguageBase
+    base: Any
     bank: Bank
     member: Member
     task: Any
     notes: list[str]
+    data: dict[str, list[dict[str, Any]]]
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, *, objects: Mapping[str, Any] | None = None, use_cache: bool = True) -> Prepared:
     """Load the base, read and encode the data, put the adapter into a bank and lay out the member.
+
+    `objects` are the base and the data sets that the configuration names `python:NAME`.
 
     Raises:
         UserError: whatever of the configuration cannot be had; no file has been written.
     """
     task = TASKS.get(config.task)
-    files = [*config.data.train, *config.data.eval]
-    rows = {path: read_rows([path], columns=config.data.columns) for path in files}
-    base = load_base(
-        config.base,
-        dtype=config.dtype,
-        device=config.device,
-        auto=task.auto,
-        trust_remote_code=config.trust_remote_code,
-        chat_template=config.data.chat_template,
-    )
-    row_tokens, notes = _row_tokens(config.train.row_tokens, base)
-    train, train_notes = _encode(config, [row for path in config.data.train for row in rows[path]], base, row_tokens)
-    held_out: Sequence[Example] = ()
-    if config.data.eval:
-        held_out, _ = _encode(config, [row for path in config.data.eval for row in rows[path]], base, row_tokens)
-    elif config.data.eval_fraction is not None:
-        train, held_out = split_by_group(train, config.data.eval_fraction, config.train.seed)
-    if config.evaluate.max_examples is not None:
-        held_out = held_out[: config.evaluate.max_examples]
+    objects = objects or {}
+    if task.kinds:
+        sources = open_places(config.data.train, config.data.columns, objects)
+        eval_sources = open_places(held_out_places(config), config.data.columns, objects)
+        base = _language_base(config, objects)
+        row_tokens, notes = _row_tokens(config.train.row_tokens, base)
+        data = text_data(base, sources, eval_sources, reading_of(config, row_tokens), use_cache=use_cache)
+    else:
+        base, row_tokens, notes = _module_base(config, objects), config.train.row_tokens, []
+        data = tensor_data(config, base, objects)
+    data = split_off(config, data)
 
     adapter = start_adapter(config, base)
     bank = Bank(base, num_slots=1)
     bank.put(adapter, slot=0)
-    epochs = Epochs(train, row_tokens=row_tokens, seed=config.train.seed, packs=base.packs)
+    epochs = Epochs(data.train, row_tokens=row_tokens, seed=config.train.seed, packs=base.packs, weights=data.weights)
     member = Member(
         name=MEMBER,
         slot=0,
@@ -76,24 +78,42 @@ def prepare(config: Config) -> Prepared:
         spec=adapter.spec,
         recipe=make_recipe(config, epochs),
         epochs=epochs,
-        eval_examples=held_out,
+        eval_examples=data.held_out,
     )
-    counts = f"{len(train):,} examples to learn from, {len(held_out):,} held out"
-    return Prepared(base, bank, member, task, [*base.notes, *notes, *train_notes, counts, *coverage(base, adapter)])
+    counts = f"{len(data.train):,} examples to learn from, {len(data.held_out):,} held out"
+    notes = [*base.notes, *notes, *data.notes, counts]
+    if task.kinds:
+        notes.append(filling(epochs, config.train.rows_per_step))
+    return Prepared(base, bank, member, task, [*notes, *coverage(base, adapter)], data.facts)
 
 
-def _encode(
-    config: Config, rows: Sequence[Any], base: LanguageBase, row_tokens: int
-) -> tuple[Sequence[Example], list[str]]:
-    encoded = encode(
-        rows,
-        base.tokenizer,
-        format=config.data.format,
-        max_length=row_tokens,
-        overflow=config.data.overflow,
-        eos_id=base.eos_ids,
+def _language_base(config: Config, objects: Mapping[str, Any]) -> LanguageBase:
+    if config.base.startswith("python:"):
+        base = object_of(config.base, objects, "base")
+        if isinstance(base, LanguageBase):
+            return base
+        raise ConfigError(
+            f"the task {config.task} learns from text, and the base is a {type(base).__name__} without a tokenizer",
+            next_step="set task: module to learn from tensors, or give a base that manylora.load_base made",
+        )
+    return load_base(
+        config.base,
+        dtype=config.dtype,
+        device=config.device,
+        auto=TASKS.get(config.task).auto,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=config.data.chat_template,
     )
-    return encoded.examples, list(encoded.notes)
+
+
+def _module_base(config: Config, objects: Mapping[str, Any]) -> FrozenModel:
+    base = object_of(config.base, objects, "base") if config.base.startswith("python:") else None
+    if isinstance(base, FrozenModel):
+        return base
+    raise ConfigError(
+        f"the task {config.task} adapts a torch module, and base is {config.base!r}",
+        next_step="manylora.train(config, base=manylora.FrozenModel(module), train_data=...)",
+    )
 
 
 def _row_tokens(asked: int, base: LanguageBase) -> tuple[int, list[str]]:
@@ -106,7 +126,7 @@ def _row_tokens(asked: int, base: LanguageBase) -> tuple[int, list[str]]:
     return base.max_positions, [f"train.row_tokens is lowered to this base's {base.max_positions} positions"]
 
 
-def start_adapter(config: Config, base: LanguageBase) -> Adapter:
+def start_adapter(config: Config, base: FrozenModel) -> Adapter:
     """A fresh adapter, or the one that `adapter.from` names with the dropout that is asked for.
 
     Raises:
@@ -154,7 +174,7 @@ def make_recipe(config: Config, epochs: Epochs) -> Recipe:
     )
 
 
-def coverage(base: LanguageBase, adapter: Adapter) -> list[str]:
+def coverage(base: FrozenModel, adapter: Adapter) -> list[str]:
     """Lines that say what the adapter reaches, what it leaves out, and how much is trained."""
     total = base.num_parameters()
     held = sum(base.sites[name].num_parameters() for name in adapter.factors)
@@ -173,7 +193,3 @@ def coverage(base: LanguageBase, adapter: Adapter) -> list[str]:
         ranks = ", ".join(f"{name} ({rank})" for name, rank in list(adapter.capped.items())[:4])
         lines.append(f"rank is capped by the size of {len(adapter.capped)} sites, scale kept: {ranks}")
     return lines
-
-
-def data_files(config: Config) -> list[Path]:
-    return [*config.data.train, *config.data.eval]

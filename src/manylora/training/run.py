@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from manylora.training.events import EventLog
 from manylora.training.folder import RunFolder
 from manylora.training.loop import Loop, LoopSettings
 from manylora.training.memory import peak_bytes
-from manylora.training.prepare import Prepared, data_files, prepare
+from manylora.training.prepare import Prepared, prepare
 from manylora.training.report import write_report
 from manylora.training.trackers import Trackers
 
@@ -73,11 +73,19 @@ class RunRecorder:
         self._console.stage(text)
 
 
-def train(config: Config, *, resume: bool = False, console: Progress | None = None) -> Result:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    console: Progress | None = None,
+    objects: Mapping[str, Any] | None = None,
+    use_cache: bool = True,
+) -> Result:
     """Train one member and leave a complete run folder.
 
-    With `resume`, an unfinished run of the same configuration goes on from its last checkpoint (from the start where
-    there is none), and a finished one is returned as it is.
+    `objects` are the base and data sets that the configuration names `python:NAME`; `use_cache` takes examples that
+    were encoded before. With `resume`, an unfinished run of the same configuration goes on from its last checkpoint
+    (from the start where there is none), and a finished one is returned as it is.
 
     Raises:
         UserError: the configuration, the base or the data cannot be used; nothing has been written then.
@@ -93,7 +101,7 @@ def train(config: Config, *, resume: bool = False, console: Progress | None = No
             return Result(folder.path, summary)
     else:
         folder.check_free()
-    prepared = prepare(config)
+    prepared = prepare(config, objects=objects, use_cache=use_cache)
     try:
         for note in prepared.notes:
             console.note(note)
@@ -105,7 +113,7 @@ def train(config: Config, *, resume: bool = False, console: Progress | None = No
 
 def _run(config: Config, folder: RunFolder, prepared: Prepared, resume: bool, console: Progress) -> Result:
     base, member = prepared.base, prepared.member
-    folder.write_manifest(base, data_files(config))
+    folder.write_manifest(base, prepared.data)
     objective = OBJECTIVES.get(prepared.task.objective)
     settings = LoopSettings(checkpoint_every=config.checkpoint.every_steps, select=config.checkpoint.select)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)

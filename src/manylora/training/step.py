@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from manylora.base.language import LanguageBase
-from manylora.data.batches import collate
-from manylora.data.examples import Example
+from manylora.base.frozen import FrozenModel
+from manylora.data.collate import batch_of
 from manylora.errors import OutOfMemory
 from manylora.training.member import Member
 from manylora.training.optim.stacked import StackedOptimizer, drop_gradients, gradient_norms
@@ -34,11 +34,11 @@ class StepResult:
 @dataclass(frozen=True, slots=True)
 class _Row:
     member: Member
-    examples: list[Example]
+    examples: list[Any]
     stream: int
 
 
-def micro_batches(members: Sequence[Member], base: LanguageBase) -> list[Batch]:
+def micro_batches(members: Sequence[Member], base: FrozenModel) -> list[Batch]:
     """The batches of the members' present steps: part k of every member's rows stands in batch k.
 
     A member's rows are cut into `accumulate` parts; batches have no say in what is computed, only in how much at once.
@@ -53,11 +53,10 @@ def micro_batches(members: Sequence[Member], base: LanguageBase) -> list[Batch]:
                 parts.append([])
             parts[index // size].append(_Row(member, examples, stream))
     return [
-        collate(
+        batch_of(
             [row.examples for row in part],
+            base,
             width=max(row.member.epochs.row_tokens for row in part),
-            pad_id=base.pad_id,
-            packed=base.packs,
             slots=[row.member.slot for row in part],
             streams=[row.stream for row in part],
         )
@@ -65,7 +64,7 @@ def micro_batches(members: Sequence[Member], base: LanguageBase) -> list[Batch]:
     ]
 
 
-def backward(base: LanguageBase, objective: Objective, batches: Sequence[Batch], slots: Sequence[int]) -> list[float]:
+def backward(base: FrozenModel, objective: Objective, batches: Sequence[Batch], slots: Sequence[int]) -> list[float]:
     """Add the gradients of the batches to the bank's factors; the summed loss of each slot over its summed weight.
 
     Each slot's denominator is the weight of its own rows over all batches, known before the first forward: so any
@@ -89,7 +88,7 @@ def backward(base: LanguageBase, objective: Objective, batches: Sequence[Batch],
 
 
 def train_step(
-    base: LanguageBase, objective: Objective, optimizers: Mapping[str, StackedOptimizer], members: Sequence[Member]
+    base: FrozenModel, objective: Objective, optimizers: Mapping[str, StackedOptimizer], members: Sequence[Member]
 ) -> dict[str, StepResult]:
     """One step of every member given, each by the optimiser its recipe names.
 
@@ -116,7 +115,7 @@ def train_step(
     for member, loss in zip(members, losses, strict=True):
         rows = [(b, r) for b in batches for r, slot in enumerate(b.slots) if slot == member.slot]
         trained = sum(int(b.targets["labels"][r].ge(0).sum()) for b, r in rows)
-        computed = sum(b.targets["labels"].shape[1] for b, _ in rows)
+        computed = sum(b.targets["labels"][r].numel() for b, r in rows)
         results[member.name] = StepResult(loss, norms[member.slot], trained, computed)
     for name, optimizer in optimizers.items():
         chosen = [member for member in members if member.recipe.optimizer == name and results[member.name].finite]
