@@ -105,7 +105,7 @@ def test_paths_in_overrides_are_relative_to_the_current_directory(tmp_path, monk
     monkeypatch.chdir(elsewhere)
     config = load_config(path, ["output=p", "data.train=[x, y]"])
     assert config.output == elsewhere / "p"
-    assert config.data.train == (elsewhere / "x", elsewhere / "y")
+    assert [place.path for place in config.data.train] == [str(elsewhere / "x"), str(elsewhere / "y")]
 
 
 def test_a_run_folder_stands_for_its_configuration(tmp_path):
@@ -268,3 +268,28 @@ def write(folder: Path, content: str) -> Path:
     path = folder / "config.yaml"
     path.write_text(content, encoding="utf-8")
     return path
+
+
+def test_a_place_of_data_is_a_path_or_says_more():
+    given = {"train": ["a.jsonl", {"path": "hub:owner/name", "split": "train[:10%]", "weight": 2}], "eval": "b.csv"}
+    config = load_config(SMALLEST | {"data": given})
+    first, second = config.data.train
+    assert (first.path, first.weight) == (str(Path.cwd() / "a.jsonl"), 1.0)
+    assert (second.path, second.split, second.subset, second.weight) == ("hub:owner/name", "train[:10%]", None, 2.0)
+    assert config.to_dict()["data"]["eval"] == [str(Path.cwd() / "b.csv")]
+    assert load_config(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ({"pth": "a"}, ["unknown key 'data.train.0.pth'", "nearest: data.train.0.path"]),
+        ({"path": "a", "weight": 0}, ["data.train.0.weight is 0", "above 0"]),
+        ({"weight": 1}, ["'data.train.0.path' is not given"]),
+        (3, ["data.train.0 is 3"]),
+    ],
+)
+def test_a_place_that_is_mistaken_is_refused_with_its_key(place, says):
+    with pytest.raises(ConfigError) as caught:
+        load_config(SMALLEST | {"data": {"train": [place]}})
+    assert all(part in str(caught.value) for part in says), str(caught.value)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a position where nothing is learned."""
 
+Packing = Literal["positions", "mask", "none"]
+"""What keeps the sequences of a packed row apart: positions that restart, a mask of tokens x tokens, or nothing can: a
+row holds one sequence."""
+
 SiteKind = Literal["linear", "conv1d", "embedding", "module"]
 
 

@@ -20,13 +20,15 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "dtype": ("float32", {}),
     "device": ("cuda:7", {}),
     "trust_remote_code": (True, {"base": "{custom_base}"}),
-    "task": (None, {}),
+    "task": ("module", {}),
     "data.train": ("{other}", {}),
     "data.eval": ("{other}", {}),
     "data.eval_fraction": (0.25, {"data.eval": None}),
     "data.format": ("text", {}),
     "data.columns": ({"prompt": "note"}, {}),
     "data.overflow": ("right", {"train.row_tokens": 16}),
+    "data.turns": ("last", {"data.train": "{talks}", "data.eval": "{talks}"}),
+    "data.on_bad_row": ("skip", {"data.train": "{bad}"}),
     "data.chat_template": ("{template}", {"data.train": "{chat}", "data.eval": "{chat}"}),
     "adapter.method": ("full", {}),
     "adapter.rank": (2, {}),
@@ -69,10 +71,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "track": ([], {}),
     "output": (None, {}),
 }
-# One choice so far, so there is nothing to vary: the table that the name is looked up in has its own tests.
-SINGLE = {"task"}
 # Keys whose difference is that a run is refused with or without them.
-SHOWN_BY_REFUSAL = {"device", "data.overflow", "trust_remote_code"}
+SHOWN_BY_REFUSAL = {"device", "task", "data.overflow", "data.on_bad_row", "trust_remote_code"}
 # Everything of a run lies there; every other key is compared between two of them.
 WHERE = {"output"}
 
@@ -94,6 +94,9 @@ def places(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": f"the dog {n}"}] for n in range(6)
     ]
     (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chat))
+    talks = [[*turns, {"role": "user", "content": "so"}, {"role": "assistant", "content": "yes"}] for turns in chat]
+    (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talks))
+    (folder / "bad.jsonl").write_text((folder / "train.jsonl").read_text() + "not json\n")
     (folder / "template.jinja").write_text(
         "{% for m in messages %}{{ '<|' + m['role'] + '|>#' + m['content'] + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>#' }}{% endif %}"
@@ -122,6 +125,8 @@ def places(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "train": folder / "train.jsonl",
         "other": folder / "other.jsonl",
         "chat": folder / "chat.jsonl",
+        "talks": folder / "talks.jsonl",
+        "bad": folder / "bad.jsonl",
         "template": folder / "template.jinja",
         "adapter": adapter.save(folder / "adapter", base),
         "tiny": tiny_base_folder,
@@ -160,7 +165,7 @@ def seen_of(overrides: dict[str, Any], places: dict[str, Path], output: Path) ->
     }
 
 
-@pytest.mark.parametrize("key", sorted(set(OTHER) - SINGLE - WHERE))
+@pytest.mark.parametrize("key", sorted(set(OTHER) - WHERE))
 def test_a_key_changes_something(key: str, places: dict[str, Path], tmp_path: Path) -> None:
     value, beside = OTHER[key]
     without = seen_of(beside, places, tmp_path / "without")

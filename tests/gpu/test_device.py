@@ -69,7 +69,8 @@ def losses_on(device: str, examples: list[Example], packed: bool) -> tuple[torch
     bank = filled(base)
     rows = [examples[:3], examples[3:5], examples[5:]] if packed else [[e] for e in examples]
     slots = [0, 1, -1] if packed else [0, 0, 0, 1, 1, -1]
-    batch = collate(rows, width=64, pad_id=0, packed=packed, slots=slots).to(base.device)
+    packing = "positions" if packed else "none"
+    batch = collate(rows, width=64, pad_id=0, packing=packing, causal=True, slots=slots).to(base.device)
     with bank.route(slots):
         totals = OBJECTIVES.get("causal-lm")(base.outputs(batch), batch).total
     totals.sum().backward()

@@ -206,3 +206,17 @@ def test_text_and_tensors_are_not_mixed_up(settings, module_settings):
         manylora.train(settings, base=manylora.FrozenModel(net()), train_data=ROWS)
     with pytest.raises(DataError, match="a tuple where a row is expected"):
         manylora.train(settings, train_data=points(8, 0))
+
+
+def test_a_base_that_sees_the_next_token_is_not_trained_to_predict_it(settings, tiny_base_folder):
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    from manylora.base.language import LanguageBase
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base_folder)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    base = LanguageBase(BertForMaskedLM(config), tokenizer=tokenizer, name="bert")
+    with pytest.raises(ConfigError, match="in bert a token sees the next"):
+        manylora.train(settings, base=base, train_data=ROWS)

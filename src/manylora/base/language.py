@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from manylora.base.frozen import FrozenModel
-from manylora.base.probes import Packing, RowRules, probe_rows
+from manylora.base.probes import RowRules, probe_rows
+from manylora.base.tokenizer import template_digest, tokenizer_digest
 from manylora.ops.dropout import mix
-from manylora.types import IGNORED, Batch
+from manylora.types import IGNORED, Batch, Packing
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits that exist at one time while a loss is computed: positions x vocabulary."""
@@ -99,18 +99,13 @@ class LanguageBase(FrozenModel):
 
     @property
     def tokenizer_digest(self) -> str | None:
-        """SHA-256 of the tokenizer's vocabulary, merges and normalisation; None without a tokenizer."""
-        if self.tokenizer is None:
-            return None
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        text = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
-        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of all that decides which tokens a text becomes; None without a tokenizer."""
+        return tokenizer_digest(self.tokenizer)
 
     @property
     def template_digest(self) -> str | None:
         """SHA-256 of the chat template; None where there is none."""
-        template = getattr(self.tokenizer, "chat_template", None)
-        return None if not template else "sha256:" + hashlib.sha256(str(template).encode()).hexdigest()
+        return template_digest(self.tokenizer)
 
     def outputs(self, batch: Batch) -> LanguageOutputs:
         """Hidden states of a batch, from which an objective maps the logits of the positions that it needs."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Packing = Literal["positions", "mask", "none"]
+from manylora.types import Packing
 
 SHORT_TOKENS = 16
 LONG_TOKENS = 300

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
 
@@ -16,10 +15,13 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        text = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+        text = repr(sorted(tokenizer.get_vocab().items()))
     else:
-        held = json.loads(backend.to_str())
-        text = json.dumps({key: value for key, value in held.items() if key not in ("truncation", "padding")})
+        if backend.truncation is not None or backend.padding is not None:
+            backend = type(backend).from_str(backend.to_str())
+            backend.no_truncation()
+            backend.no_padding()
+        text = backend.to_str()
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 

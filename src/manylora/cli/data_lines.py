@@ -29,7 +29,8 @@ def facts_of(found: Found) -> dict[str, str]:
     facts["base"] = look.base + (" (as none is named: its tokenizer makes the tokens)" if look.base_is_default else "")
     facts["format"] = ", ".join(dict.fromkeys(part.encoded.format for part in found.train.parts))
     facts["rows"] = f"{sum(part.encoded.num_rows for part in found.train.parts):,}"
-    facts["examples"] = f"{totals.num_examples:,}"
+    pairs = " (a chosen and a rejected one of each row)" if survey.balance.answers else ""
+    facts["examples"] = f"{totals.num_examples:,}{pairs}"
     if survey.held_out is not None:
         facts["held-out examples"] = f"{survey.held_out.num_examples:,}"
     facts["tokens"] = f"{totals.num_tokens:,}"
@@ -106,7 +107,8 @@ def _repeat_lines(what: str, shared: Shared) -> list[str]:
 
 
 def _group_lines(what: str, shared: Shared) -> list[str]:
-    lines = [f"{what}: {shared.num_examples:,} examples in {shared.num_groups:,} groups"]
+    groups = "1 group" if shared.num_groups == 1 else f"{shared.num_groups:,} groups"
+    lines = [f"{what}: {shared.num_examples:,} examples in {groups}"]
     for group in shared.groups:
         more = ", ..." if group.count > len(group.places) else ""
         lines.append(f"  {group.count:,} times: {', '.join(group.places)}{more}")
@@ -128,6 +130,8 @@ def leakage_lines(leakage: Leakage) -> list[str]:
         "have their prompt and answer alike in training": leakage.num_whole_alike,
     }
     total = leakage.num_examples
+    if not any(counts.values()):
+        return [f"none of {total:,} has a prompt that is trained on, nor one that is alike"]
     lines = [f"{count:,} of {total:,} ({count / total:.1%}) {what}" for what, count in counts.items()]
     return lines + [f"  {held} is like {trained}" for held, trained in leakage.places]
 

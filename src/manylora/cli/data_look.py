@@ -1,4 +1,4 @@
-"""What `manylora inspect DATA` is asked for: which rows, read how; by a configuration, options, and training's defaults."""
+"""What `manylora inspect DATA` looks at: which rows, read how; by a configuration, options and training's defaults."""
 
 from __future__ import annotations
 

@@ -92,9 +92,9 @@ def _headline(found: Found) -> list[tuple[str, str, str]]:
 
 def _reasons(found: Found) -> str:
     rows = [
-        (f"{reason.count:,}", reason.kind, harmless(reason.where), harmless(reason.what)) for reason in found.reasons
+        (f"{reason.count:,} {reason.kind}", harmless(f"{reason.where}: {reason.what}")) for reason in found.reasons
     ]
-    return table(("rows", "why", "first", "what is wrong with it"), rows, "facts")
+    return table(("rows, and why", "the first of them"), rows, "facts")
 
 
 def _indented(line: str) -> str:
@@ -150,7 +150,8 @@ def length_chart(lengths: Lengths) -> str:
     for level, (name, value) in enumerate(marks):
         anchor, shift = ("end", -4) if x(value) > width / 2 else ("start", 4)
         place = f'x="{x(value) + shift:.1f}" y="{TOP + 12 + 15 * level}"'
-        parts.append(f'<path class="mark" d="M{x(value):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        kind = "level" if name == "row_tokens" else "mark"
+        parts.append(f'<path class="{kind}" d="M{x(value):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text {place} text-anchor="{anchor}">{name} {value:,}</text>')
     caption = "<figcaption>Examples <span>by length in tokens</span></figcaption>"
     label = "Examples by length in tokens"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -43,7 +44,8 @@ class Screen:
         self._output = output
         self._encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         self.fancy = _can_encode(FULL + LINE_END + BLOCKS, self._encoding)
-        self.colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ and not output.as_json
+        shows_all = codecs.lookup(self._encoding).name == "utf-8"
+        self.colours = sys.stdout.isatty() and shows_all and not os.environ.get("NO_COLOR") and not output.as_json
 
     def line(self, text: str = "") -> None:
         """Print a line of text, escapes in place of what a terminal would obey."""

@@ -105,7 +105,6 @@ def _what(place: Place) -> tuple[Settings, list[Path]]:
 
 def _settings_of(path: Path) -> Settings:
     from manylora.config import load_config
-
     from manylora.training.data import held_out_places
 
     config = load_config(path)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from manylora.data.packing import row_width
 from manylora.data.tensors import TensorExample, stack
-from manylora.types import IGNORED, Batch
+from manylora.types import IGNORED, Batch, Packing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ def collate(
     *,
     width: int,
     pad_id: int,
-    packing: Literal["positions", "mask", "none"],
+    packing: Packing,
     causal: bool,
     slots: Sequence[int],
     streams: Sequence[int] | None = None,

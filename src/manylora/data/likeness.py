@@ -81,27 +81,32 @@ class Keys:
 
 def keys_of(examples: Sequence[Example], decode: Decode, alike: Alike) -> Keys:
     """The keys of examples; `decode` gives the texts of several lists of tokens."""
-    tokens, exact, plain = [], [], []
+    tokens, exact, plain, prompts, plain_prompts = [], [], [], [], []
     targets = zip(*(column_of(examples, name) for name in ("label", "tags", "variant")), strict=True)
-    stream = zip(_token_lists(examples), targets, strict=True)
+    stream = zip(_token_lists(examples), targets, _prompts(examples), strict=True)
     while chunk := list(islice(stream, DECODED_AT_ONCE)):
-        for (ids, target), text in zip(chunk, decode([ids for ids, _ in chunk]), strict=True):
+        texts = decode([ids for ids, _, _ in chunk])
+        for (ids, target, prompt), text in zip(chunk, texts, strict=True):
             bare = np.asarray(ids, np.int32).tobytes()
+            plain_prompt = alike(prompt)
             tokens.append(_hash(bare))
             exact.append(_hash(bare, repr(target)))
-            plain.append(_hash(alike(text), repr(target)))
-    # Plain text has no prompt: its own text is what would leak.
-    prompts = [prompt or reference for prompt, reference in _prompts(examples)]
+            # The prompt is compared by itself, for its last sign is none of the whole text's.
+            before, found, after = text.partition(prompt)
+            plain.append(_hash(alike(before), plain_prompt if found else "", alike(after), repr(target)))
+            prompts.append(_hash(prompt))
+            plain_prompts.append(_hash(plain_prompt))
     places, seconds = _places(examples)
-    hashes = [_array(one) for one in (tokens, exact, plain)]
-    for one in hashes:
+    hashes = [np.asarray(one, np.uint64) for one in (tokens, exact, plain, prompts, plain_prompts)]
+    for one in hashes[:3]:
         one[seconds - 1] = one[seconds - 1] * np.uint64(3) + one[seconds]
-    hashes += [_array([_hash(text) for text in prompts]), _array([_hash(alike(text)) for text in prompts])]
     return Keys(places, *(one[places] for one in hashes))
 
 
-def _prompts(examples: Sequence[Example]) -> Iterator[tuple[str, str]]:
-    return zip(column_of(examples, "prompt"), column_of(examples, "reference"), strict=True)
+def _prompts(examples: Sequence[Example]) -> Iterator[str]:
+    """The prompts; plain text has none, and its own text is what would leak."""
+    columns = zip(column_of(examples, "prompt"), column_of(examples, "reference"), strict=True)
+    return (prompt or reference for prompt, reference in columns)
 
 
 def _token_lists(examples: Sequence[Example]) -> Iterator[list[int]]:
@@ -120,10 +125,6 @@ def _hash(*parts: str | bytes) -> int:
         digest.update(part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass"))
         digest.update(b"\0")
     return int.from_bytes(digest.digest(), "little")
-
-
-def _array(hashes: Sequence[int]) -> Hashes:
-    return np.asarray(hashes, dtype=np.uint64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ class ModuleClasses:
     name = "module"
     auto = ""
     kinds = ()
+    causal = False
     objective = "classification"
 
     def metrics(self, samples: Sequence[Sample]) -> Metrics:

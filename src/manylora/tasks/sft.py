@@ -18,6 +18,7 @@ class SupervisedFineTuning:
     name = "sft"
     auto = "AutoModelForCausalLM"
     kinds = ("sequence",)
+    causal = True
     objective = "causal-lm"
 
     def metrics(self, samples: Sequence[Sample]) -> Metrics:

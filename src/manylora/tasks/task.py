@@ -28,6 +28,8 @@ class Task(Protocol):
     """The transformers Auto class that loads a base for it."""
     kinds: tuple[str, ...]
     """The kinds of data format that it learns from."""
+    causal: bool
+    """Whether it learns only from a base in which no token sees a later one."""
     objective: str
     """The name of what is minimised, in `objectives.OBJECTIVES`."""
 

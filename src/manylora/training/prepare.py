@@ -60,6 +60,12 @@ def prepare(config: Config, *, objects: Mapping[str, Any] | None = None, use_cac
         sources = open_places(config.data.train, config.data.columns, objects)
         eval_sources = open_places(held_out_places(config), config.data.columns, objects)
         base = _language_base(config, objects)
+        if task.causal and not base.causal:
+            raise ConfigError(
+                f"the task {config.task} learns to predict the next token, and in {base.name} a token sees the next: "
+                "it would only learn to copy",
+                next_step="choose a base that is a causal language model",
+            )
         row_tokens, notes = _row_tokens(config.train.row_tokens, base)
         data = text_data(base, sources, eval_sources, reading_of(config, row_tokens), use_cache=use_cache)
     else:

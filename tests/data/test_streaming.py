@@ -1,0 +1,66 @@
+"""Memory while rows become examples: it holds a chunk of rows, and not the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from manylora.base.load import find_base
+from manylora.data.examples import Reading, encode
+from manylora.data.sources import open_source
+
+STATUS = Path("/proc/self/status")
+SENTENCE = "The river ran under the old house where seven letters lay on the table. "
+ROWS, SETTLED = 24_000, 9_000
+ALLOWED = 12e6
+
+pytestmark = pytest.mark.skipif(not STATUS.is_file(), reason="the system does not say what memory a process owns")
+
+
+def own_bytes() -> int:
+    """The memory of this process that no file backs."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    """26 MB of prompts and completions."""
+    path = tmp_path_factory.mktemp("streaming") / "rows.jsonl"
+    with path.open("w") as stream:
+        for number in range(ROWS):
+            row = {"prompt": f"{number} {SENTENCE * 4}\n", "completion": SENTENCE * (5 + number % 11)}
+            stream.write(json.dumps(row) + "\n")
+    return path
+
+
+def growth(file: Path, folder: Path, *, hoard: bool) -> float:
+    """How far the memory rises after the first third of the rows; `hoard` keeps what it was made of, as a reader might."""
+    tokenizer = AutoTokenizer.from_pretrained(find_base("builtin:tiny-en"))
+    kept, samples = [], []
+
+    def watched():
+        for place, row in enumerate(open_source(file).rows()):
+            if hoard:
+                kept.append((row, str(row.values) * 4))  # more than what the tests before it gave back
+            if place >= SETTLED and place % 500 == 0:
+                samples.append(own_bytes())
+            yield row
+
+    encoded = encode(
+        watched(), tokenizer, Reading(max_length=1024), eos_id=tokenizer.eos_token_id, path=folder / "examples.arrow"
+    )
+    assert len(encoded.examples) == ROWS
+    assert encoded.examples[-1].line == ROWS
+    return max(samples) - samples[0]
+
+
+def test_memory_stays_flat_while_a_file_is_encoded(file, tmp_path):
+    assert growth(file, tmp_path, hoard=False) < ALLOWED
+
+
+def test_rows_that_are_kept_would_be_seen(file, tmp_path):
+    assert growth(file, tmp_path, hoard=True) > ALLOWED
