@@ -110,3 +110,14 @@ def test_an_unfinished_character_comes_at_the_end(base):
     tokens = base.tokenizer.encode("ab\u00e9")[:-1]
     assert [stream.push(token) for token in tokens] == ["a", "b", ""]
     assert stream.close() == "\ufffd"
+
+
+def test_a_system_turn_that_the_template_drops_is_said_before_anything_is_generated(base):
+    base.tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    with pytest.raises(DataError, match="drops the text of message 1"):
+        render_conversation(base.tokenizer, turns)
+    assert render_conversation(base.tokenizer, turns[1:])

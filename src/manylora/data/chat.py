@@ -62,10 +62,13 @@ def prompt_tokens(messages: Any, tokenizer: PreTrainedTokenizerBase, tools: Any 
     """What generation is given of a conversation: the tokens before the assistant's next turn, exactly as in training.
 
     Raises:
-        RowFault: messages that cannot be brought into shape, or a template that refuses them.
+        RowFault: messages that cannot be brought into shape, a template that refuses them or drops one.
     """
     rules = TokenRules.of(tokenizer, 0)  # the end of text is not asked for here
-    return rules.encode([rendered_turns(messages, tokenizer, tools, generation_prompt=True)])[0]
+    talk = normalised(messages, tools)
+    text = template.rendered(talk.messages, tokenizer, tools=talk.tools, generation_prompt=True)
+    template.check_all_written(talk.messages, text)
+    return rules.encode([text])[0]
 
 
 def rendered_turns(

@@ -92,7 +92,7 @@ def keys_of(examples: Sequence[Example], decode: Decode, alike: Alike) -> Keys:
             tokens.append(_hash(bare))
             exact.append(_hash(bare, repr(target)))
             # The prompt is compared by itself, for its last sign is none of the whole text's.
-            before, found, after = text.partition(prompt)
+            before, found, after = text.partition(prompt) if prompt else (text, "", "")
             plain.append(_hash(alike(before), plain_prompt if found else "", alike(after), repr(target)))
             prompts.append(_hash(prompt))
             plain_prompts.append(_hash(plain_prompt))
