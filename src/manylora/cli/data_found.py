@@ -66,7 +66,11 @@ class Found:
     def verdict(self) -> str:
         """One line: whether training would take the rows."""
         if not self.num_bad:
-            return f"all {self.num_rows:,} rows can be learned from"
+            return (
+                "the one row can be learned from"
+                if self.num_rows == 1
+                else f"all {self.num_rows:,} rows can be learned from"
+            )
         bad = f"{self.num_bad:,} of {self.num_rows:,} rows cannot be learned from"
         if self.look.skips:
             return f"{bad}: training leaves them out, as data.on_bad_row: skip asks"

@@ -41,10 +41,15 @@ def facts_of(found: Found) -> dict[str, str]:
     facts["longest example"] = f"{totals.longest:,} tokens, {totals.mean:,.1f} on average"
     trained = "" if learns_class else f", {packed.share_trained:.1%} are trained"
     facts["packed"] = (
-        f"{packed.num_rows:,} rows of {packed.row_tokens:,} tokens: {packed.share_used:.1%} of the computed tokens are "
+        f"{counted(packed.num_rows, 'row')} of {packed.row_tokens:,} tokens: {packed.share_used:.1%} of the computed tokens are "
         f"no padding{trained}"
     )
     return facts
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: "1 row", "2 rows"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def title_of(example: Example) -> str:
@@ -56,13 +61,18 @@ def title_of(example: Example) -> str:
 
 
 def histogram(lengths: Lengths, fancy: bool) -> list[str]:
-    """A line for each bin: its lengths, how many examples have them, a bar, and what lies in it."""
+    """A line for each bin: its lengths, how many examples have them, a bar, and what lies in it.
+
+    The bins below the shortest example are left out.
+    """
     marks = [(value, f"p{percent}") for percent, value in lengths.percentiles.items()]
     marks += [(lengths.limit, f"row_tokens {lengths.limit:,}")]
     most = max(lengths.counts)
     rows = []
     for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
         inside = [name for value, name in marks if low < value <= high]
+        if not (rows or count or inside):
+            continue
         bar = _bar(count / most, fancy)
         rows.append(
             (f"{low + 1:,} to {high:,}", f"{count:,}", f"{bar:<{BAR}}", f"< {', '.join(inside)}" * bool(inside))
@@ -107,8 +117,7 @@ def _repeat_lines(what: str, shared: Shared) -> list[str]:
 
 
 def _group_lines(what: str, shared: Shared) -> list[str]:
-    groups = "1 group" if shared.num_groups == 1 else f"{shared.num_groups:,} groups"
-    lines = [f"{what}: {shared.num_examples:,} examples in {groups}"]
+    lines = [f"{what}: {shared.num_examples:,} examples in {counted(shared.num_groups, 'group')}"]
     for group in shared.groups:
         more = ", ..." if group.count > len(group.places) else ""
         lines.append(f"  {group.count:,} times: {', '.join(group.places)}{more}")

@@ -97,6 +97,11 @@ def _look_of_config(place: Place, asked: Asked) -> Look:
             next_step="set them in the configuration: data: {train: {path: ..., split: ...}}",
         )
     config = load_config(place.folder or place.name)
+    if config.base.startswith("python:") and asked.base is None:
+        raise UserError(
+            "the base of the configuration was an object in Python, which no file can name",
+            next_step=f"name a base with the same tokenizer: manylora inspect {place.name} --base ...",
+        )
     return Look(
         base=asked.base or config.base,
         places=config.data.train,

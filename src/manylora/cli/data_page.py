@@ -91,9 +91,7 @@ def _headline(found: Found) -> list[tuple[str, str, str]]:
 
 
 def _reasons(found: Found) -> str:
-    rows = [
-        (f"{reason.count:,} {reason.kind}", harmless(f"{reason.where}: {reason.what}")) for reason in found.reasons
-    ]
+    rows = [(f"{reason.count:,} {reason.kind}", harmless(f"{reason.where}: {reason.what}")) for reason in found.reasons]
     return table(("rows, and why", "the first of them"), rows, "facts")
 
 
