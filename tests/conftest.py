@@ -16,6 +16,8 @@ os.environ.pop("MANYLORA_DEBUG", None)
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from manylora.adapters.adapter import Adapter
     from manylora.base.language import LanguageBase
 
@@ -36,6 +38,14 @@ def _two_threads() -> None:
     import torch
 
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Encoded rows of tests lie with the tests, and those of the user are neither read nor added to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MANYLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

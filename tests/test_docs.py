@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from manylora.config import load_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,6 +58,23 @@ def test_the_readmes_commands_do_what_it_says(newcomer: Path) -> None:
             done = manylora(words[1:] + (SMALL if trains else []), newcomer)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (newcomer / "runs" / "first" / "report.html").is_file()
+
+
+def test_the_data_pages_commands_run(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "data.md"
+    rows, held_out = blocks(page, "json")[:2]
+    (tmp_path / "train.jsonl").write_text(rows, encoding="utf-8")
+    (tmp_path / "eval.jsonl").write_text(held_out, encoding="utf-8")
+    (tmp_path / "first.yaml").write_text(blocks(page, "yaml")[0], encoding="utf-8")
+    for line in "".join(blocks(page, "sh")).splitlines():
+        done = manylora(shlex.split(line)[1:], tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", ["data.md", "formats.md"])
+def test_every_yaml_block_of_the_data_pages_is_a_configuration(page: str) -> None:
+    for text in blocks(ROOT / "docs" / page, "yaml"):
+        load_config({"base": "builtin:tiny-en", "output": "x", **yaml.safe_load(text)})
 
 
 def test_every_command_named_exists() -> None:

@@ -347,3 +347,23 @@ def test_the_tokenizer_alone_is_that_of_the_whole_base(with_generation, tiny_bas
     assert len(eos_ids) == 1 + with_generation
     assert tokenizer.chat_template == base.tokenizer.chat_template
     assert tokenizer.get_vocab() == base.tokenizer.get_vocab()
+
+
+def test_the_histogram_begins_at_the_shortest_and_marks_what_lies_in_a_bin():
+    from manylora.cli.data_lines import histogram
+    from manylora.data.survey import Lengths
+
+    lengths = Lengths((0, 5, 10, 15), (0, 80, 1), {50: 7, 90: 8, 99: 11}, 12, limit=12, above=0)
+    assert histogram(lengths, fancy=False) == [
+        f"   6 to 10  80  {'#' * 40}  < p50, p90",
+        f"  11 to 15   1  #{' ' * 39}  < p99, row_tokens 12",
+    ]
+    assert histogram(lengths, fancy=True)[0].count("\N{FULL BLOCK}") == 40
+    assert "\N{LEFT HALF BLOCK}" in histogram(lengths, fancy=True)[1]
+
+
+def test_a_base_that_was_an_object_in_python_has_to_be_named(inspect, data, tmp_path):
+    data()
+    config = write_config(tmp_path, "python:base")
+    assert "--base" in inspect(config).err
+    assert inspect(config, "--base", "builtin:tiny-en").code == 0

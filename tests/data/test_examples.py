@@ -165,9 +165,10 @@ def test_bad_rows_can_be_skipped_and_are_counted_by_reason(tokenizer):
 
 
 def test_skipping_every_row_is_no_success(tokenizer):
-    assert "completion is empty (the same in 2 of 2 rows)" in refused(
-        pairs(("a\n", ""), ("b\n", "")), tokenizer, on_bad_row="skip"
-    )
+    message = refused(pairs(("a\n", ""), ("b\n", ""), ("c\n", None)), tokenizer, on_bad_row="skip")
+    assert message.startswith("no row can be learned from\n3 of 3 rows are skipped:")
+    assert "2  completion empty: completion is empty (first rows.jsonl:1)" in message
+    assert "1  completion no text: completion is None" in message
 
 
 def test_a_fault_says_how_many_rows_have_other_faults_and_how_to_skip_them(tokenizer):
@@ -253,3 +254,9 @@ def test_the_first_note_counts_what_is_learned(tokenizer):
 def test_columns_that_nobody_reads_are_said(tokenizer):
     notes = encoded_as(rows(PAIR | {"level": 3}, PAIR), tokenizer).notes
     assert "columns not used: level" in notes
+
+
+def test_classes_are_learned_from_a_tokenizer_without_an_end(make_tokenizer):
+    tokenizer = make_tokenizer()
+    example = one({"text": "The Eagle", "label": "pub"}, tokenizer, eos_id=None)
+    assert (example.label, example.num_trained) == ("pub", 0)

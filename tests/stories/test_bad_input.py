@@ -133,5 +133,5 @@ def test_verbs_without_what_they_need_say_what_to_give(manylora, tiny_base_folde
     manylora("evaluate", tiny_base_folder).refused("--data")
     manylora("train").refused("CONFIG.yaml")
     manylora("generate", "--adapter", tmp_path, "--prompt", "x").refused("AdapterBroken", str(tmp_path))
-    (tmp_path / "file.txt").write_text("x")
-    manylora("inspect", tmp_path / "file.txt").refused("is a file")
+    (tmp_path / "file.bin").write_text("x")
+    manylora("inspect", tmp_path / "file.bin").refused("is a file")

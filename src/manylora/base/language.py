@@ -69,7 +69,7 @@ class LanguageBase(FrozenModel):
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
         self.backbone: Any = getattr(model, "base_model", model)
         self.notes = list(notes)
-        self.eos_ids = _stop_ids(model, tokenizer)
+        self.eos_ids = stop_ids(model, tokenizer)
         self.pad_id = _pad_id(tokenizer, self.eos_ids)
         self._takes = {"model": _arguments(self.model), "backbone": _arguments(self.backbone)}
         self._padding = getattr(text_config, "pad_token_id", None)
@@ -268,7 +268,7 @@ def _widen(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a generation: the tokenizer's end of text first, then the model's own list."""
     text_end = getattr(tokenizer, "eos_token_id", None)
     found: list[int] = [] if text_end is None else [text_end]

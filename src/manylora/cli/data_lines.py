@@ -41,8 +41,8 @@ def facts_of(found: Found) -> dict[str, str]:
     facts["longest example"] = f"{totals.longest:,} tokens, {totals.mean:,.1f} on average"
     trained = "" if learns_class else f", {packed.share_trained:.1%} are trained"
     facts["packed"] = (
-        f"{counted(packed.num_rows, 'row')} of {packed.row_tokens:,} tokens: {packed.share_used:.1%} of the computed tokens are "
-        f"no padding{trained}"
+        f"{counted(packed.num_rows, 'row')} of {packed.row_tokens:,} tokens: {packed.share_used:.1%} of the computed "
+        f"tokens are no padding{trained}"
     )
     return facts
 

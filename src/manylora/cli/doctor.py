@@ -17,6 +17,8 @@ PACKAGES = (
     "torch",
     "transformers",
     "tokenizers",
+    "datasets",
+    "pyarrow",
     "safetensors",
     "huggingface_hub",
     "peft",
@@ -48,12 +50,20 @@ def doctor(as_json: AsJson = False) -> None:
         "cuda": _cuda(),
         "chosen": f"{why_device}; {why_dtype}",
         "products": _verdict(rates),
+        "encoded rows": _cache(),
     }
     versions = {name: _version(name) for name in PACKAGES}
     width = max(map(len, [*facts, *versions]))
     for name, value in {**facts, **versions}.items():
         output.line(f"{name:<{width}}  {value or 'not installed'}")
     output.finish(facts | {"versions": versions, "gflops": rates, "device": str(device)})
+
+
+def _cache() -> str:
+    from manylora.data.cache import cache_folder, entries
+
+    sizes = [size for _, size in entries()]
+    return f"{len(sizes)} data sets, {sum(sizes) / 2**20:.1f} MiB, in {cache_folder()}"
 
 
 def _version(package: str) -> str | None:

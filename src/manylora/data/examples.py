@@ -109,11 +109,12 @@ def encode(
     first = list(islice(stream, CHUNK_ROWS))
     if not first:
         raise DataError("there are no rows to encode", next_step="give a data file that holds rows")
-    rules = TokenRules.of(tokenizer, eos_id, turns=reading.turns)
     if reading.format == "auto":
         name = detect(first, kinds=reading.kinds or None, strict=reading.on_bad_row == "error")
     else:
         name = FORMATS.check(reading.format)
+    learns_end = FORMATS.get(name).kind not in ("label", "tags")
+    rules = TokenRules.of(tokenizer, eos_id, turns=reading.turns, learns_end=learns_end)
     keep = None
     if path is None:
         keep = Scratch()
@@ -126,7 +127,7 @@ def encode(
     finally:
         writer.close()
     if not writer.num_examples:
-        work.faults.raise_first(work.tally.num_rows)
+        raise DataError("\n".join(["no row can be learned from", *work.notes()]), next_step="mend the rows")
     work.check_end_is_learned()
     examples = Examples.open(path, keep)
     return Encoded(

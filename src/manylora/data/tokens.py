@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+NO_TOKEN = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Marked:
     """Tokens, and which of them are targets: `spans` of (start, stop), in order, none empty.
@@ -45,13 +48,18 @@ class TokenRules:
         eos_id: int | Sequence[int] | None,
         *,
         turns: Literal["all", "last"] = "all",
+        learns_end: bool = True,
     ) -> TokenRules:
         """The rules of one tokenizer; the first of several `eos_id` is the one appended.
+
+        `learns_end`: whether an end is learned at all; where classes are, a tokenizer needs none.
 
         Raises:
             DataError: there is no end-of-text token, so a model could never learn to stop.
         """
         eos_ids = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
+        if not eos_ids and not learns_end:
+            eos_ids = [NO_TOKEN]
         if not eos_ids:
             raise DataError(
                 "the tokenizer of this base has no end-of-text token, so the end of a completion cannot be learned",
