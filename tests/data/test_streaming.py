@@ -38,7 +38,7 @@ def file(tmp_path_factory) -> Path:
 
 
 def growth(file: Path, folder: Path, *, hoard: bool) -> float:
-    """How far the memory rises after the first third of the rows; `hoard` keeps what it was made of, as a reader might."""
+    """How far the memory rises after the first third of the rows; `hoard` keeps them."""
     tokenizer = AutoTokenizer.from_pretrained(find_base("builtin:tiny-en"))
     kept, samples = [], []
 

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from manylora.base.fingerprint import folder_fingerprint, read_header, weight_files
-from manylora.base.language import LanguageBase
-from manylora.base.language import stop_ids
+from manylora.base.language import LanguageBase, stop_ids
 from manylora.errors import BaseBroken, BaseNotFound, ConfigError, nearest_names
 
 BUILTIN = Path(__file__).parent / "builtin"
