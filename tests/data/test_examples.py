@@ -260,3 +260,30 @@ def test_classes_are_learned_from_a_tokenizer_without_an_end(make_tokenizer):
     tokenizer = make_tokenizer()
     example = one({"text": "The Eagle", "label": "pub"}, tokenizer, eos_id=None)
     assert (example.label, example.num_trained) == ("pub", 0)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_obeyed(make_tokenizer):
+    plain = make_tokenizer()
+
+    class Shouting(type(plain)):
+        def _encode_plus(self, text, *args, **kwargs):
+            return super()._encode_plus([one.upper() for one in text], *args, **kwargs)
+
+    shouting = make_tokenizer()
+    shouting.__class__ = Shouting
+    shown = one(PAIR, shouting)
+    assert plain.decode(shown.tokens) == (PAIR["prompt"] + PAIR["completion"]).upper() + "<|endoftext|>"
+
+
+@pytest.mark.parametrize("state", ["padding", "truncation", "split special tokens"])
+def test_what_was_asked_of_the_tokenizer_before_changes_nothing(make_tokenizer, state):
+    tokenizer = make_tokenizer()
+    wanted = one(PAIR, tokenizer).tokens.tolist()
+    match state:
+        case "padding":
+            tokenizer(["a", "b"], padding="max_length", max_length=90)
+        case "truncation":
+            tokenizer("a b c d", truncation=True, max_length=2)
+        case "split special tokens":
+            tokenizer("a <|end|>", split_special_tokens=True)
+    assert one(PAIR, tokenizer).tokens.tolist() == wanted

@@ -179,6 +179,10 @@ class _Encoder:
         def encode_texts(chunk: _Chunk) -> list[list[int]]:
             return self.rules.encode([text for _, shown in chunk for one in shown for text in one.texts])
 
+        if not self.rules.is_plain:  # a tokenizer with code of its own may not be asked from two threads at once
+            for chunk in chunks:
+                yield chunk, encode_texts(chunk)
+            return
         # The tokenizers library lets go of the interpreter's lock, so one thread is enough.
         with ThreadPoolExecutor(1) as pool:
             before: tuple[_Chunk, Future[list[list[int]]]] | None = None

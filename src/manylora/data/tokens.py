@@ -83,6 +83,11 @@ class TokenRules:
             return [list(one) for one in encoded["input_ids"]] if texts else []
         return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the library below the tokenizer encodes, and nothing of the tokenizer's own."""
+        return _plain_backend(self.tokenizer) is not None
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, special ones included."""
         return str(self.tokenizer.decode(list(tokens)))
