@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
     from manylora.adapters.adapter import Adapter
     from manylora.adapters.bank import Bank
+    from manylora.adapters.merge import MergeReport, merge
     from manylora.base.frozen import FrozenModel
     from manylora.base.load import load_base
     from manylora.config import Config, load_config
     from manylora.errors import ManyloraError, UserError
     from manylora.generation.decode import Generation, generate
+    from manylora.quant import pack
     from manylora.spec import AdapterSpec
     from manylora.training.run import Result
 
@@ -38,12 +40,15 @@ __all__ = [
     "FrozenModel",
     "Generation",
     "ManyloraError",
+    "MergeReport",
     "Result",
     "UserError",
     "__version__",
     "generate",
     "load_base",
     "load_config",
+    "merge",
+    "pack",
     "train",
 ]
 
@@ -55,11 +60,14 @@ _HOMES = {
     "FrozenModel": "manylora.base.frozen",
     "Generation": "manylora.generation.decode",
     "ManyloraError": "manylora.errors",
+    "MergeReport": "manylora.adapters.merge",
     "Result": "manylora.training.run",
     "UserError": "manylora.errors",
     "generate": "manylora.generation.decode",
     "load_base": "manylora.base.load",
     "load_config": "manylora.config",
+    "merge": "manylora.adapters.merge",
+    "pack": "manylora.quant",
 }
 
 

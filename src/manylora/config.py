@@ -34,6 +34,7 @@ from manylora.spec import AdapterSpec
 TABLES = MappingProxyType(
     {
         "task": ("manylora.tasks", "TASKS"),
+        "packing": ("manylora.quant", "PACKINGS"),
         "format": ("manylora.data.formats", "FORMATS"),
         "method": ("manylora.methods", "METHODS"),
         "init": ("manylora.methods.inits", "INITS"),
@@ -301,6 +302,9 @@ class Config(Section):
     )
     device: Annotated[str, AfterValidator(_device)] = Field(
         default="auto", description="auto, cpu, cuda, cuda:1 or mps"
+    )
+    quantize: Annotated[str, _in_table("packing")] | None = Field(
+        default=None, description="pack the base's linear weights as it is read: nf4, fp4, int8, int4"
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the base; never remembered")
     task: Annotated[str, _in_table("task")] = Field(default="sft", description="what is learned and how it is scored")

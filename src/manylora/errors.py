@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ManyloraError(Exception):
@@ -60,6 +61,22 @@ class AdapterBroken(UserError, ValueError):
 
 class BaseMismatch(UserError, ValueError):
     """An adapter that was made for another base, tokenizer or chat template."""
+
+
+class MergeRefused(UserError, ValueError):
+    """A merge that would lose more of what was learned than is allowed; `report` holds the numbers."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        nearest: Iterable[str] = (),
+        allowed: str | None = None,
+        next_step: str | None = None,
+        report: Any = None,
+    ):
+        super().__init__(what, nearest=nearest, allowed=allowed, next_step=next_step)
+        self.report = report
 
 
 class RouteError(ManyloraError, RuntimeError):

@@ -93,6 +93,17 @@ class AdapterSpec:
             alpha_pattern={key: alpha} | {k: v for k, v in self.alpha_pattern.items() if k != key},
         )
 
+    def with_ranks_times(self, factor: int) -> AdapterSpec:
+        """The same spec with every rank a whole number of times as large and the scale at every site unchanged."""
+        share = factor if self.scale_rule == "alpha/rank" else math.sqrt(factor)
+        return replace(
+            self,
+            rank=factor * self.rank,
+            alpha=share * self.alpha,
+            rank_pattern={key: factor * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: share * alpha for key, alpha in self.alpha_pattern.items()},
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain lists, dicts and numbers."""
         return {

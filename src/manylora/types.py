@@ -5,6 +5,7 @@ Nothing here imports another part of manylora but `spec`, so every layer of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -42,33 +43,69 @@ class Site:
     is_head: bool = False
     tied_to: str | None = None
 
-    def weight(self) -> Tensor:
-        """The frozen weight as (out, in): (O, I) of a linear map, (D, V) of an embedding. A view where it can be."""
+    @property
+    def packed(self) -> Packed | None:
+        """The weight in its storage format; None where the module holds it dense."""
+        return getattr(self.module, "packed_weight", None)
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The frozen weight as (out, in): (O, I) of a linear map, (D, V) of an embedding. A view where it can be.
+
+        A packed weight is unpacked at each call and nothing is kept. `dtype` None: the base's own.
+        """
+        if self.packed is not None:
+            module: Any = self.module
+            return self.packed.dense(dtype or module.compute_dtype)
         weight = self.module.get_parameter("weight").detach()
+        weight = weight if dtype is None else weight.to(dtype)
         return weight.t() if self.kind in ("conv1d", "embedding") else weight
 
     @property
     def out_in(self) -> tuple[int, int]:
         """Rows and columns of the map: (O, I); (D, V) for an embedding."""
-        rows, columns = self.weight().shape
-        return rows, columns
+        if self.packed is not None:
+            return self.packed.shape
+        rows, columns = self.module.get_parameter("weight").shape
+        return (columns, rows) if self.kind in ("conv1d", "embedding") else (rows, columns)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that the module owns, in its own layout; a packed weight counts as one."""
+        own = {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters(recurse=False)}
+        if self.packed is None:
+            return own
+        rows, columns = self.packed.shape
+        return {"weight": (columns, rows) if self.kind == "conv1d" else (rows, columns)} | own
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that the module owns, in its own layout; a packed weight is unpacked."""
+        own = {name: parameter.detach() for name, parameter in self.module.named_parameters(recurse=False)}
+        if self.packed is None:
+            return own
+        return {"weight": self.weight().t() if self.kind == "conv1d" else self.weight()} | own
 
     def map(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's own output, by the module's own code."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.module.parameters(recurse=False))
+        """How many numbers the module owns, however they are stored."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One method's small tensors at one site: for `lora` a (R, I) and b (O, R), for `full` a copy per parameter."""
+    """One method's small tensors at one site: for `lora` a (R, I) and b (O, R), for `full` a copy per parameter.
+
+    `anchors`, by the same names, are frozen copies of where an init started them; what they amount to is taken off
+    again, so that factors that start away from zero still start at the base. {}: the factors stand alone.
+    """
 
     method: str
     tensors: Mapping[str, Tensor]
+    anchors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def num_parameters(self) -> int:
+        """Trained numbers; anchors are none."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
@@ -77,14 +114,16 @@ class Stack:
     """The factors of several slots at one site, by one method and of one shape class.
 
     `tensors[name]` is (P, ...): one place per slot that adapts this site, zero-padded to the class's rank. The tensors
-    are float32 leaves that require gradients. `slots[p]` is the slot that owns place p (-1: free), `ranks[p]`,
-    `scales[p]` and `dropouts[p]` are its rank, its factor s and its dropout probability.
+    are float32 leaves that require gradients. `anchors`, of the same names and shapes, do not; they are there for all
+    places or for none, so that slots without anchors pay nothing. `slots[p]` is the slot that owns place p (-1: free),
+    `ranks[p]`, `scales[p]` and `dropouts[p]` are its rank, its factor s and its dropout probability.
     """
 
     site: Site
     method: str
     shape_class: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    anchors: dict[str, Tensor] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
@@ -139,7 +178,11 @@ class Method(Protocol):
         """The shape of each tensor of one place of a stack."""
         ...
 
-    def init(self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator) -> Factors: ...
+    def init(
+        self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
+    ) -> Factors:
+        """Fresh factors; `original` gives the site's weight (out, in) as it was before any packing."""
+        ...
 
     def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:
         """The dense change of each parameter of the site's module, in its own layout, float32 or better."""
@@ -212,3 +255,55 @@ class Objective(Protocol):
         ...
 
     def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals: ...
+
+
+class Packed(Protocol):
+    """A frozen (O, I) weight in one storage format: made by an explicit act, never a side effect of `.to()`."""
+
+    @property
+    def format(self) -> str:
+        """The name of the format in `manylora.quant.PACKINGS`."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        ...
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the codes stand for, (O, I); new each time, nothing is kept."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written to disk, by short name: codes, scales."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """The rest of what is written to disk, as JSON: format, shape, block and so on."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        ...
+
+    def bits(self) -> float:
+        """Bits per weight, scales counted."""
+        ...
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same codes on a device."""
+        ...
+
+
+class PackFormat(Protocol):
+    """How a frozen weight is stored in few bits."""
+
+    name: str
+
+    def pack(self, weight: Tensor, **options: Any) -> Packed:
+        """Round a (O, I) floating-point weight to this format; the weight is left as it is."""
+        ...
+
+    def from_tensors(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Packed:
+        """What `tensors()` and `settings()` of a packed weight gave, read again."""
+        ...

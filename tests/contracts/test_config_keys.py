@@ -19,6 +19,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "base": ("{other_base}", {}),
     "dtype": ("float32", {}),
     "device": ("cuda:7", {}),
+    "quantize": ("nf4", {}),
     "trust_remote_code": (True, {"base": "{custom_base}"}),
     "task": ("module", {}),
     "data.train": ("{other}", {}),

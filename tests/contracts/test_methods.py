@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,11 +15,16 @@ from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
 from manylora.errors import RouteError
 from manylora.methods import METHODS
+from manylora.methods.inits import INITS
 from manylora.ops.low_rank import low_rank, reference
 from manylora.spec import AdapterSpec
 from manylora.types import Factors
 
 RANKS = (3, 8, 5)
+# Each method, and a low-rank one from each start that a base without packed weights allows.
+STARTS = [("lora", name) for name in INITS if not INITS.get(name).needs_packed] + [
+    (name, "default") for name in METHODS if name != "lora"
+]
 
 
 def conv1d(columns: int, rows: int) -> nn.Module:
@@ -62,34 +69,40 @@ def random_adapter(base: FrozenModel, spec: AdapterSpec, seed: int) -> Adapter:
     """An adapter with no factor at zero."""
     adapter = Adapter.new(base, spec, seed=seed)
     generator = torch.Generator().manual_seed(seed)
+
+    def drawn(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: torch.randn(t.shape, generator=generator, dtype=t.dtype) * 0.5 for key, t in tensors.items()}
+
     factors = {
-        name: Factors(
-            held.method,
-            {key: torch.randn(t.shape, generator=generator, dtype=t.dtype) * 0.5 for key, t in held.tensors.items()},
-        )
-        for name, held in adapter.factors.items()
+        name: Factors(held.method, drawn(held.tensors), drawn(held.anchors)) for name, held in adapter.factors.items()
     }
     return Adapter(adapter.spec, factors, base.name, base.fingerprint)
 
 
-def specs(method: str, dropout: float = 0.0) -> list[AdapterSpec]:
-    return [AdapterSpec(method=method, rank=rank, alpha=6.0, dropout=dropout, sites=("site",)) for rank in RANKS]
+def specs(method: str, dropout: float = 0.0, init: str = "default") -> list[AdapterSpec]:
+    return [
+        AdapterSpec(method=method, rank=rank, alpha=6.0, dropout=dropout, sites=("site",), init=init) for rank in RANKS
+    ]
 
 
-def filled(kind: str, method: str, dropout: float = 0.0) -> Bank:
-    """A bank of four slots; the last one is empty of anything but a fourth rank's place."""
+def filled(kind: str, method: str, dropout: float = 0.0, init: str = "default") -> Bank:
+    """A bank of four slots; the last one is empty of anything but a fourth rank's place.
+
+    Slot 1 starts by default whatever `init` says, so that starts of different kinds stand at one site.
+    """
     base = made(kind)
     bank = Bank(base, num_slots=4, dtype=torch.float64)
-    for slot, spec in enumerate(specs(method, dropout)):
+    for slot, spec in enumerate(specs(method, dropout, init)):
+        spec = replace(spec, init="default") if slot == 1 else spec
         bank.put(random_adapter(base, spec, slot + 1), slot=slot)
     return bank
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(("method", "init"), STARTS)
 @pytest.mark.parametrize("kind", list(MODULES))
-@pytest.mark.parametrize("rows", [(0,), (1, 1), (0, 1, 2), (2, -1, 0, 0, 2, -1), (1, 0, 1, 0)])
-def test_forward_equals_the_map_with_dense_plus_delta(kind: str, method: str, rows: tuple[int, ...]) -> None:
-    bank = filled(kind, method)
+@pytest.mark.parametrize("rows", [(0,), (1, 1), (0, 1, 2), (2, -1, 0, 0, 2, -1), (1, 0, 1, 0), (0, 2)])
+def test_forward_equals_the_map_with_dense_plus_delta(kind: str, method: str, init: str, rows: tuple[int, ...]) -> None:
+    bank = filled(kind, method, init=init)
     x = inputs(kind, len(rows), 4)
     with bank.route(rows):
         y = bank.base.model(x)
@@ -105,16 +118,23 @@ def test_forward_equals_the_map_with_dense_plus_delta(kind: str, method: str, ro
         torch.testing.assert_close(y[row : row + 1], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(0, 0, 0), (0, 1, 2), (1, 0)])
 @pytest.mark.parametrize("kind", list(MODULES))
-@pytest.mark.parametrize("method", list(METHODS))
-def test_a_new_adapter_changes_nothing_to_the_bit(kind: str, method: str) -> None:
-    base = made(kind, torch.float32)
-    x = inputs(kind, 3, 4, torch.float32)
+@pytest.mark.parametrize(("method", "init"), [pair for pair in STARTS if INITS.get(pair[1]).starts_at_base])
+def test_a_new_adapter_changes_nothing_to_the_bit(
+    kind: str, method: str, init: str, rows: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    base = made(kind, dtype)
+    x = inputs(kind, len(rows), 4, dtype)
     want = base.model(x)
-    bank = Bank(base, num_slots=1)
-    bank.put(Adapter.new(base, AdapterSpec(method=method, rank=4, sites=("site",)), seed=1), slot=0)
-    with bank.route([0, 0, 0]):
-        assert torch.equal(base.model(x), want)
+    bank = Bank(base, num_slots=3)
+    for slot, rank in enumerate((4, 3, 10)):
+        spec = AdapterSpec(method=method, rank=rank, sites=("site",), init=init, dropout=0.1)
+        bank.put(Adapter.new(base, spec, seed=1), slot=slot)
+    for streams in (None, range(len(rows))):  # dropout off and on
+        with bank.route(rows, streams):
+            assert torch.equal(base.model(x), want)
 
 
 def gradients(bank: Bank, x: Tensor, route: tuple, run) -> list[Tensor]:
@@ -133,9 +153,10 @@ def gradients(bank: Bank, x: Tensor, route: tuple, run) -> list[Tensor]:
 
 @pytest.mark.parametrize("rows", [(0, 0, 0), (0, 1, 2), (2, -1, 0, 0, 2, -1), (1, 0, 1, 0)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("init", [init for method, init in STARTS if method == "lora"])
 @pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d"])
-def test_fused_gradients_equal_float64_autograd(kind: str, rows: tuple[int, ...], dropout: float) -> None:
-    bank = filled(kind, "lora", dropout)
+def test_fused_gradients_equal_float64_autograd(kind: str, init: str, rows: tuple[int, ...], dropout: float) -> None:
+    bank = filled(kind, "lora", dropout, init)
     site = bank.base.sites["site"]
     x = inputs(kind, len(rows), 5)
     route = (rows, [100 + row for row in range(len(rows))])
@@ -152,11 +173,12 @@ def test_fused_gradients_equal_float64_autograd(kind: str, rows: tuple[int, ...]
             torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("init", [init for method, init in STARTS if method == "lora"])
 @pytest.mark.parametrize("counts", [(3, 0, 7, 2), (0, 0, 1, 4), (5, 5, 5, 5)])
-def test_ragged_selections_and_empty_rows_have_exact_gradients(counts: tuple[int, ...]) -> None:
+def test_ragged_selections_and_empty_rows_have_exact_gradients(counts: tuple[int, ...], init: str) -> None:
     from manylora.adapters.bank import Route
 
-    bank = filled("linear", "lora", 0.1)
+    bank = filled("linear", "lora", 0.1, init)
     site = bank.base.sites["site"]
     x = inputs("linear", 1, sum(counts))[0]
     route = (Route((2, 0, -1, 1), (7, 8, 9, 10), counts),)
@@ -170,8 +192,9 @@ def test_ragged_selections_and_empty_rows_have_exact_gradients(counts: tuple[int
             torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-def test_gradients_agree_with_finite_differences() -> None:
-    bank = filled("linear", "lora")
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_gradients_agree_with_finite_differences(init: str) -> None:
+    bank = filled("linear", "lora", init=init)
     site = bank.base.sites["site"]
     x = inputs("linear", 3, 2).requires_grad_()
     with bank.route((1, -1, 0)):
@@ -188,8 +211,9 @@ def test_the_base_gets_no_gradient_and_keeps_its_bytes() -> None:
     assert torch.equal(bank.base.model.site.weight, before)
 
 
-def test_padding_of_a_stack_gets_no_gradient() -> None:
-    bank = filled("linear", "lora")
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_padding_of_a_stack_gets_no_gradient(init: str) -> None:
+    bank = filled("linear", "lora", init=init)
     gradients(bank, inputs("linear", 3, 4), ((0, 1, 2),), bank.base.model)
     for stack in bank.stacks.values():
         for place, rank in enumerate(stack.ranks):

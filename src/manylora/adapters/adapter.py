@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from manylora.adapters.peft_config import task_type_of
+from manylora.base.original import Originals
 from manylora.base.sites import match_sites
 from manylora.errors import SpecError
 from manylora.methods import METHODS
+from manylora.methods.inits import INITS
 from manylora.ops.dropout import mix, site_key
+from manylora.ops.low_rank import widened
 from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, SiteKind
 
@@ -46,7 +50,8 @@ class Adapter:
         A rank above what some sites allow is capped there with the scale kept.
 
         Raises:
-            SiteNotFound: a pattern matches nothing. SpecError: the rank is above what every site allows.
+            SiteNotFound: a pattern matches nothing. SpecError: the rank is above what every site allows, or the init
+            needs a packed base. BaseNotFound: the init needs the weights before packing, and they are not at hand.
         """
         method = METHODS.get(spec.method)
         full = {site.name: site for site in _full_sites(base, spec)}
@@ -58,16 +63,24 @@ class Adapter:
             full |= {site.name: site for site in picked}
             picked = []
         picked = [site for site in picked if site.name not in full]
+        if picked and INITS.get(spec.init).needs_packed and all(site.packed is None for site in picked):
+            raise SpecError(
+                f"init {spec.init!r} starts from what packing has lost, and none of the {len(picked)} sites is packed",
+                allowed=", ".join(name for name in INITS if not INITS.get(name).needs_packed),
+                next_step="pack the base (quantize: nf4), or choose another adapter.init",
+            )
         capped, resolved = _cap(picked, spec)
+        originals = Originals(base)
         factors = {}
         for site in picked:
             generator = torch.Generator().manual_seed(mix(seed, site_key(site.name)) >> 1)
-            factors[site.name] = method.init(site, resolved.rank_at(site.name), resolved, generator)
+            original = partial(originals.weight, site)
+            factors[site.name] = method.init(site, resolved.rank_at(site.name), resolved, generator, original)
         for name, site in full.items():
             if site.tied_to in full:
                 continue  # tied weights that are both copied share the copy of the first
             generator = torch.Generator().manual_seed(mix(seed, site_key(name)) >> 1)
-            factors[name] = METHODS.get("full").init(site, 0, resolved, generator)
+            factors[name] = METHODS.get("full").init(site, 0, resolved, generator, partial(originals.weight, site))
         resolved = replace(
             resolved, sites=tuple(s.name for s in picked), exclude=(), layers=None, full_sites=tuple(full)
         )
@@ -105,7 +118,43 @@ class Adapter:
 
         return save_adapter(self, Path(folder), base)
 
+    @classmethod
+    def of(cls, base: FrozenModel, spec: AdapterSpec, factors: Mapping[str, Factors]) -> Adapter:
+        """Low-rank factors that were made elsewhere as an adapter of a base, with the ranks and scales that they have.
+
+        `spec` gives method, alpha and the scale at each site; its sites are those of the factors.
+        """
+        resolved = replace(spec, sites=tuple(factors), exclude=(), layers=None)
+        for name, own in factors.items():
+            if METHODS.get(own.method).rank(own) != resolved.rank_at(name):
+                resolved = resolved.with_rank_at(name, METHODS.get(own.method).rank(own))
+        kinds: dict[str, SiteKind] = {n: base.sites[n].kind for n in factors if base.sites[n].kind != "linear"}
+        task_type = task_type_of(base.model, base.sites, ())
+        return cls(resolved, factors, base.name, base.fingerprint, kinds=kinds, task_type=task_type)
+
+    def plain(self) -> Adapter:
+        """The same map without anchors, as ordinary factors of twice the rank; itself where it has none.
+
+        Semantics: `B A - B0 A0 = [B - B0, B0] [A; A - A0]`, the scale kept. Other tools compute this without anchors;
+        [B, -B0] [A; A0] would be the same map, and in few bits the difference of two large products.
+        """
+        anchored = [name for name, own in self.factors.items() if own.anchors]
+        if not anchored:
+            return self
+        factors, spec = dict(self.factors), replace(self.spec, init="default")
+        for name in anchored:
+            own = factors[name]
+            a, b = widened(own.tensors["a"], own.tensors["b"], own.anchors["a"], own.anchors["b"])
+            factors[name] = Factors(own.method, {"a": a, "b": b})
+        if len(anchored) == len(spec.sites):
+            spec = spec.with_ranks_times(2)
+        else:
+            for name in anchored:
+                spec = spec.with_rank_at(name, 2 * spec.rank_at(name))
+        return replace(self, spec=spec, factors=factors)
+
     def num_parameters(self) -> int:
+        """Trained numbers."""
         return sum(factors.num_parameters() for factors in self.factors.values())
 
 

@@ -74,7 +74,7 @@ class Bank:
         self.max_rank = max_rank
         self.dtype = dtype
         self.route_now: Route | None = None
-        self.stacks: dict[tuple[str, str, int], Stack] = {}
+        self.stacks: dict[tuple[str, str, int, bool], Stack] = {}
         self._adapters: dict[int, Adapter] = {}
         self._by_site: dict[str, list[Stack]] = {}
         self._plans: dict[tuple, list[tuple[Method, list[Use]]]] = {}
@@ -128,11 +128,14 @@ class Bank:
         factors = {}
         for stack, place in self.places(slot):
             shapes = METHODS.get(stack.method).stack_shapes(stack.site, stack.ranks[place])
-            tensors = {
-                name: tensor.detach()[place][tuple(slice(0, size) for size in shapes[name])].cpu().clone()
-                for name, tensor in stack.tensors.items()
-            }
-            factors[stack.site.name] = Factors(stack.method, tensors)
+            tensors, anchors = (
+                {
+                    name: tensor.detach()[place][tuple(slice(0, size) for size in shapes[name])].cpu().clone()
+                    for name, tensor in held.items()
+                }
+                for held in (stack.tensors, stack.anchors)
+            )
+            factors[stack.site.name] = Factors(stack.method, tensors, anchors)
         held = self._adapters[slot]
         return replace(held, factors={name: factors[name] for name in held.factors})
 
@@ -141,7 +144,7 @@ class Bank:
         self._check_slot(slot)
         for stack, place in self.places(slot):
             with torch.no_grad():
-                for tensor in stack.tensors.values():
+                for tensor in (*stack.tensors.values(), *stack.anchors.values()):
                     tensor[place].zero_()
             stack.slots[place] = -1
         self._adapters.pop(slot, None)
@@ -182,6 +185,11 @@ class Bank:
                         allowed=" x ".join(str(size) if size else "rank" for size in shapes[key]),
                         next_step="the adapter belongs to a base of other sizes",
                     )
+            if factors.anchors:
+                found = {key: tuple(tensor.shape) for key, tensor in factors.anchors.items()}
+                wanted = {key: tuple(tensor.shape) for key, tensor in factors.tensors.items()}
+                if found != wanted:
+                    raise AdapterBroken(f"the anchors at {name!r} have shapes {found}", allowed=str(wanted))
             rank = method.rank(factors)
             if self.max_rank is not None and rank > self.max_rank:
                 raise SpecError(f"rank {rank} at {name!r}", allowed=f"this bank holds ranks up to {self.max_rank}")
@@ -194,7 +202,7 @@ class Bank:
         shared = [name for name in spec.full_sites if name not in adapter.factors]
         tied = [name for name in shared if name in self.base.sites and self.base.sites[name].tied_to == site.name]
         names = [site.name, *tied] if method.replaces else [site.name]
-        key = ("+".join(names), method.name, shape_class)
+        key = ("+".join(names), method.name, shape_class, bool(factors.anchors))
         if key not in self.stacks:
             self.stacks[key] = Stack(site, method.name, shape_class)
             for name in names:
@@ -209,18 +217,26 @@ class Bank:
             stack.scales.append(0.0)
             stack.dropouts.append(0.0)
             for name, shape in method.stack_shapes(site, shape_class).items():
-                grown = torch.zeros(place + 1, *shape, dtype=self.dtype, device=self.base.device)
-                if place:
-                    grown[:place] = stack.tensors[name].detach()
-                stack.tensors[name] = grown.requires_grad_()
+                stack.tensors[name] = self._grown(stack.tensors.get(name), shape).requires_grad_()
+                if factors.anchors:
+                    stack.anchors[name] = self._grown(stack.anchors.get(name), shape)
         stack.slots[place] = slot
         stack.ranks[place] = method.rank(factors)
         stack.scales[place] = spec.scale(site.name) if stack.ranks[place] else 1.0
         stack.dropouts[place] = 0.0 if method.replaces else spec.dropout
         with torch.no_grad():
-            for name, value in factors.tensors.items():
-                target = stack.tensors[name][place]
-                target[tuple(slice(0, size) for size in value.shape)] = value.to(target)
+            for given, into in ((factors.tensors, stack.tensors), (factors.anchors, stack.anchors)):
+                for name, value in given.items():
+                    target = into[name][place]
+                    target[tuple(slice(0, size) for size in value.shape)] = value.to(target)
+
+    def _grown(self, held: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """A stacked tensor with one place more, which is zero."""
+        count = 0 if held is None else held.shape[0]
+        grown = torch.zeros(count + 1, *shape, dtype=self.dtype, device=self.base.device)
+        if held is not None:
+            grown[:count] = held.detach()
+        return grown
 
     # -- routing -------------------------------------------------------------------------------------------------------
 

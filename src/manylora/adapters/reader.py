@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from manylora.adapters.adapter import Adapter
+from manylora.adapters.compressing.file import COMPRESSED_FILE, read_coded
 from manylora.adapters.peft_config import (
     ADDED_HEADS,
     CONFIG_FILE,
@@ -41,7 +42,8 @@ _Tensors = dict[str, dict[str, Tensor]]
 def load_adapter(folder: Path) -> Adapter:
     """The adapter of a folder that was written here or by PEFT, its sites spelled out and its factors in float32.
 
-    The sites are those that the tensors name. Only safetensors are read; nothing is unpickled.
+    The sites are those that the tensors name. Only safetensors are read; nothing is unpickled. The factors of a
+    compressed adapter are what its codes stand for.
 
     Raises:
         AdapterBroken: a file, tensor or setting that is missing, unexpected, misshapen or cannot be honoured.
@@ -110,9 +112,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _tensor_path(folder: Path) -> Path:
-    path = folder / TENSORS_FILE
-    if path.is_file():
-        return path
+    path, coded = folder / TENSORS_FILE, folder / COMPRESSED_FILE
+    if path.is_file() and coded.is_file():
+        raise AdapterBroken(
+            f"{folder} holds both {TENSORS_FILE} and {COMPRESSED_FILE}",
+            allowed="one of the two",
+            next_step="move away the one that is not meant",
+        )
+    if path.is_file() or coded.is_file():
+        return path if path.is_file() else coded
     if (folder / PICKLE_FILE).is_file():
         raise AdapterBroken(
             f"{folder} holds only {PICKLE_FILE}, a pickle, which can run code when it is read",
@@ -124,7 +132,9 @@ def _tensor_path(folder: Path) -> Path:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        stored = load_file(path)
+        stored = read_coded(path) if path.name == COMPRESSED_FILE else load_file(path)
+    except AdapterBroken:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterBroken(
             f"{path} is truncated or no safetensors file: {error}", next_step="fetch the folder again"

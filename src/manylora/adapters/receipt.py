@@ -48,7 +48,11 @@ def make_receipt(adapter: Adapter, base: FrozenModel | None, tensors: Path, copi
         return receipt | {
             key: adapter.receipt[key] for key in ("tokenizer", "chat_template", "frozen") if key in adapter.receipt
         }
-    receipt["base"] = {"name": base.name or adapter.base_name, "fingerprint": base.fingerprint}
+    receipt["base"] = {
+        "name": base.name or adapter.base_name,
+        "fingerprint": base.fingerprint,
+        "storage": base.storage,
+    }
     tokenizer = getattr(base, "tokenizer_digest", None)
     if tokenizer is not None:
         receipt["tokenizer"] = tokenizer

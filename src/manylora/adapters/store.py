@@ -29,7 +29,8 @@ __all__ = ["fold_scale", "load_adapter", "save_adapter"]
 def save_adapter(adapter: Adapter, folder: Path, base: FrozenModel | None = None) -> Path:
     """The folder, now an adapter that PEFT opens; with `base` its tokenizer and chat template lie beside it.
 
-    The same adapter gives the same bytes. Tied copies are written under each of their names, as PEFT expects.
+    Anchored factors are written as plain ones of twice the rank, since no other tool has anchors. The same adapter
+    gives the same bytes. Tied copies are written under each of their names, as PEFT expects.
 
     Raises:
         OutputExists: the folder already holds something.
@@ -37,6 +38,7 @@ def save_adapter(adapter: Adapter, folder: Path, base: FrozenModel | None = None
         DiskFull: nothing is left behind.
     """
     folder = Path(folder)
+    adapter = adapter.plain()
     if base is not None:
         check_base(adapter, base)
         strange = [name for name in adapter.factors if name not in base.sites]
@@ -60,6 +62,7 @@ def save_adapter(adapter: Adapter, folder: Path, base: FrozenModel | None = None
 
 def fold_scale(adapter: Adapter) -> Adapter:
     """The same map with the scale inside B and alpha equal to the rank, so that no reader can get it wrong."""
+    adapter = adapter.plain()
     spec = adapter.spec
     factors = {
         name: replace(own, tensors={"a": own.tensors["a"], "b": spec.scale(name) * own.tensors["b"]})
@@ -103,8 +106,13 @@ def _complete(tensors: Mapping[str, Tensor], adapter: Adapter, base: FrozenModel
         key: master(value)
         for name in adapter.spec.full_sites
         for part, value in base.sites[name].module.state_dict().items()
-        if (key := _key(name, part)) not in tensors
+        if (key := _key(name, part)) not in tensors and not _of_packed_weight(base, name, part)
     }
+
+
+def _of_packed_weight(base: FrozenModel, site: str, part: str) -> bool:
+    """Whether it is a tensor of a packed weight: other tools know none, and the trained copy stands in its place."""
+    return base.sites[site].packed is not None and part.startswith("weight.")
 
 
 def _key(site: str, parameter: str) -> str:
@@ -130,7 +138,7 @@ def _card(adapter: Adapter) -> str:
         f"---\n{base_line}library_name: peft\ntags:\n- lora\n- manylora\n---\n\n"
         f"# An adapter for {base_name}\n\n"
         f"{about}- {len(spec.full_sites)} sites with a trained copy of their own\n"
-        f"- {adapter.num_parameters():,} trained parameters\n"
+        f"- {adapter.num_parameters():,} parameters\n"
         f"- fingerprint of the base: `{adapter.base_fingerprint or 'unknown'}`\n\n"
         "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)\n```\n\n"
         "`receipt.json` says on which base, tokenizer and chat template the adapter was trained.\n"

@@ -21,6 +21,8 @@ _NOT_ARCHITECTURE = (
     "_attn_implementation",
 )
 
+_CHUNK_BYTES = 1 << 22
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order.
@@ -67,6 +69,25 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 of config and tensors; of a folder packed here, that of the weights it was packed from.
+
+    Raises:
+        BaseBroken: a packed folder whose tensors or settings are not those that were written.
+    """
+    block = _packed_block(folder)
+    found = content_digest(folder)
+    if block is None:
+        return found
+    if block.get("content") != found:
+        raise BaseBroken(
+            f"{folder} is not as it was packed: its content is {found[:15]}..., "
+            f"and its config.json says {str(block.get('content'))[:15]}...",
+            next_step="copy or download it again, or pack the original again: manylora quantize",
+        )
+    return str(block["original"]["fingerprint"])
+
+
+def content_digest(folder: Path) -> str:
     """SHA-256 of config and tensors; remembered by path, size and time of change of every file."""
     files = weight_files(folder)
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, folder / "config.json")]
@@ -80,14 +101,25 @@ def folder_fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             for name, entry in header.items():
                 begin, end = entry["data_offsets"]
-                file.seek(start + begin)
                 digest = hashlib.sha256(f"{entry['dtype']} {tuple(entry['shape'])}".encode())
-                digest.update(file.read(end - begin))
+                file.seek(start + begin)
+                for place in range(begin, end, _CHUNK_BYTES):
+                    digest.update(file.read(min(_CHUNK_BYTES, end - place)))
                 tensors[name] = digest.hexdigest()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    result = combine_digests({k: v for k, v in config.items() if k not in _NOT_ARCHITECTURE}, tensors)
+    architecture = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
+    block = _packed_block(folder)
+    if block is not None:  # the digest of a packed folder is written into this block, so it cannot be of it
+        architecture["quantization_config"] = {key: value for key, value in block.items() if key != "content"}
+    result = combine_digests(architecture, tensors)
     _cache_write(remembered | {key: result})
     return result
+
+
+def _packed_block(folder: Path) -> dict[str, Any] | None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    block = config.get("quantization_config")
+    return block if isinstance(block, dict) and block.get("quant_method") == "manylora" else None
 
 
 def _cache_file() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,9 +79,16 @@ class FrozenModel:
             self._fingerprint = combine_digests({"class": type(self.model).__name__}, tensors)
         return self._fingerprint
 
+    @property
+    def storage(self) -> str | None:
+        """The format that the linear weights are packed in; None where they are dense, several with + between them."""
+        found = sorted({site.packed.format for site in self.sites.values() if site.packed is not None})
+        return "+".join(found) or None
+
     def num_parameters(self) -> int:
-        """Parameters of the model, tied ones once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Parameters of the model, tied ones once; a packed weight counts its numbers, not its bytes."""
+        packed = sum(math.prod(site.packed.shape) for site in self.sites.values() if site.packed is not None)
+        return packed + sum(parameter.numel() for parameter in self.model.parameters())
 
     def outputs(self, batch: Batch) -> Outputs:
         """The module's own outputs of a batch, floating inputs in the dtype of its weights."""

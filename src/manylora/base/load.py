@@ -10,7 +10,8 @@ from typing import Any
 
 from manylora.base.fingerprint import folder_fingerprint, read_header, weight_files
 from manylora.base.language import LanguageBase, stop_ids
-from manylora.errors import BaseBroken, BaseNotFound, ConfigError, nearest_names
+from manylora.base.stored import Stored, stored_format
+from manylora.errors import BaseBroken, BaseNotFound, ConfigError, UserError, nearest_names
 
 BUILTIN = Path(__file__).parent / "builtin"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -117,49 +118,118 @@ def load_base(
     *,
     dtype: str = "bfloat16",
     device: str = "auto",
+    quantize: str | None = None,
     auto: str = "AutoModelForCausalLM",
     trust_remote_code: bool = False,
     chat_template: str | Path | None = None,
 ) -> LanguageBase:
     """A frozen base, ready for a bank: loaded, fingerprinted and probed.
 
-    `auto` is the transformers class that the task loads it through; `chat_template` is a file that replaces the
-    tokenizer's own template.
+    `quantize` names the format in which the linear weights are packed as they are read (nf4, fp4, int8, int4). A folder
+    that is packed already (`manylora quantize`, or bitsandbytes' 4 bits) is taken as it is. `auto` is the transformers
+    class that the task loads it through; `chat_template` is a file that replaces the tokenizer's own template.
 
     Raises:
         BaseNotFound: nothing is at `name`. BaseBroken: no weights, a damaged file, tensors missing or left over.
+        ConfigError: `quantize` names another format than the one that the folder is packed in.
     """
-    import transformers
-
     folder = find_base(name)
     for path in weight_files(folder):
         read_header(path)
     chosen_device, why_device = choose_device(device)
     chosen_dtype, why_dtype = choose_dtype(dtype, chosen_device)
-    with _quiet():
-        try:
-            model, info = getattr(transformers, auto).from_pretrained(
-                folder, dtype=chosen_dtype, trust_remote_code=trust_remote_code, use_safetensors=True,
-                output_loading_info=True, local_files_only=True,
-            )  # fmt: skip
-            tokenizer = _tokenizer(folder, trust_remote_code)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise _unreadable(folder, error) from error
+    stored = check_quantize(name, folder, quantize)
+    fingerprint = folder_fingerprint(folder)
+    notes = [why_device, why_dtype]
+    if quantize is None and (stored is None or not stored.readable):
+        model = load_dense(folder, auto, chosen_dtype, trust_remote_code).to(chosen_device)
+    else:
+        from manylora.base.quantise import PackReport, load_packing, load_stored, packer
+
+        settings: Any = {"dtype": chosen_dtype, "device": chosen_device, "trust_remote_code": trust_remote_code}
+        with reading(folder):
+            if stored is not None and stored.format is not None:
+                report = PackReport(stored.format)
+                model = load_stored(folder, stored, auto, report, **settings)
+            else:
+                report = PackReport(str(quantize))
+                model = load_packing(
+                    folder, auto, packer(report.format), report, **settings,
+                    load_whole=lambda dtype: load_dense(folder, auto, dtype, trust_remote_code),
+                )  # fmt: skip
+        notes += report.notes(chosen_device)
+    with reading(folder):
+        tokenizer = _tokenizer(folder, trust_remote_code)
+    _set_template(tokenizer, chat_template)
+    return LanguageBase(
+        model.to(chosen_device),
+        tokenizer=tokenizer,
+        name=base_name(name),
+        folder=folder,
+        fingerprint=fingerprint,
+        notes=notes,
+    )
+
+
+def base_name(name: str) -> str:
+    """The name that is written into what is made from a base: a folder by its whole path."""
+    return name if name.startswith("builtin:") or not Path(name).exists() else str(Path(name).resolve())
+
+
+def check_quantize(name: str, folder: Path, quantize: str | None) -> Stored | None:
+    """How the folder's weights are stored (None: dense), passed where they can be loaded in the format asked for.
+
+    Raises:
+        UnknownName: no such format. ConfigError: the weights are packed already, in another one.
+    """
+    stored = stored_format(folder)
+    if quantize is None:
+        return stored
+    from manylora.quant import PACKINGS
+
+    PACKINGS.check(quantize)
+    if stored is not None and stored.format != quantize:
+        held = stored.format or f"what {stored.maker} wrote"
+        raise ConfigError(
+            f"quantize is {quantize!r}, and {name} is packed already, in {held}",
+            allowed=f"null or {stored.format}" if stored.readable else "null",
+            next_step="give the original base, or leave quantize out to take this one as it is packed",
+        )
+    return stored
+
+
+def load_dense(folder: Path, auto: str, dtype: Any, trust_remote_code: bool) -> Any:
+    """The model as transformers itself loads it; `dtype` None: in the dtype of the files.
+
+    Raises:
+        BaseBroken: it cannot, or tensors are missing.
+    """
+    import transformers
+
+    with reading(folder):
+        model, info = getattr(transformers, auto).from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True,
+            output_loading_info=True, local_files_only=True,
+        )  # fmt: skip
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise BaseBroken(
             f"{folder} lacks {len(missing)} tensors of a {type(model).__name__}, the first is {missing[0]!r}",
             next_step="the folder is incomplete, or was saved from another class of model",
         )
-    _set_template(tokenizer, chat_template)
-    return LanguageBase(
-        model.to(chosen_device),
-        tokenizer=tokenizer,
-        name=name if name.startswith("builtin:") or not Path(name).exists() else str(Path(name).resolve()),
-        folder=folder,
-        fingerprint=folder_fingerprint(folder),
-        notes=[why_device, why_dtype],
-    )
+    return model
+
+
+@contextlib.contextmanager
+def reading(folder: Path):
+    """Within it transformers is quiet, and what it raises about the folder's files is a `BaseBroken`."""
+    with _quiet():
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise _unreadable(folder, error) from error
 
 
 def load_tokenizer(
@@ -173,16 +243,13 @@ def load_tokenizer(
     from transformers import AutoConfig, GenerationConfig
 
     folder = find_base(name, weights=False)
-    with _quiet():
-        try:
-            tokenizer = _tokenizer(folder, trust_remote_code)
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-            if (folder / "generation_config.json").is_file():
-                generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
-            else:
-                generation = GenerationConfig.from_model_config(config)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise _unreadable(folder, error) from error
+    with reading(folder):
+        tokenizer = _tokenizer(folder, trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        if (folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        else:
+            generation = GenerationConfig.from_model_config(config)
     _set_template(tokenizer, chat_template)
     return tokenizer, stop_ids(SimpleNamespace(generation_config=generation, config=config), tokenizer)
 

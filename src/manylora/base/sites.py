@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from manylora.base.packed import PackedLinear
 from manylora.errors import SiteNotFound, nearest_names
 from manylora.types import Site, SiteKind
 
@@ -16,6 +17,8 @@ GROUPS = ("all-linear", "everything")
 
 def _kind(module: nn.Module) -> tuple[SiteKind, bool]:
     """The kind of a module that owns parameters, and whether its class is the textbook one."""
+    if isinstance(module, PackedLinear):
+        return "conv1d" if module.transposed else "linear", True
     if isinstance(module, nn.Linear):
         return "linear", type(module).forward is nn.Linear.forward
     if isinstance(module, nn.Embedding):
@@ -27,12 +30,12 @@ def _kind(module: nn.Module) -> tuple[SiteKind, bool]:
 
 
 def find_sites(model: nn.Module, head: nn.Module | None = None) -> dict[str, Site]:
-    """Every module that owns parameters, by its name in the model; a weight met again is `tied_to` its first owner."""
+    """Every module that owns parameters or a packed weight; a weight met again is `tied_to` its first owner."""
     sites: dict[str, Site] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not own and not isinstance(module, PackedLinear):
             continue
         kind, plain = _kind(module)
         weight = own.get("weight")

@@ -24,7 +24,12 @@ VERBS: Table[Callable[..., None]] = Table(
         "evaluate": "manylora.cli.evaluate:evaluate",
         "generate": "manylora.cli.generate:generate",
         "chat": "manylora.cli.chat:chat",
+        "compress": "manylora.cli.compress:compress",
         "inspect": "manylora.cli.inspect:inspect",
+        "merge": "manylora.cli.merge:merge",
+        "combine": "manylora.cli.combine:combine",
+        "export": "manylora.cli.export:export",
+        "quantize": "manylora.cli.quantize:quantize",
         "doctor": "manylora.cli.doctor:doctor",
     },
 )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from manylora.cli.generate import MaxNewTokens, Seed, Temperature, TopK, TopP
-from manylora.cli.opened import BaseName, Device, Dtype, TrustRemoteCode, open_base
+from manylora.cli.opened import BaseName, Device, Dtype, Quantize, TrustRemoteCode, open_base
 from manylora.cli.output import AsJson, Output, note
 from manylora.cli.places import adapter_folder
 
@@ -24,6 +24,7 @@ def chat(
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
+    quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -35,7 +36,9 @@ def chat(
     from manylora.generation.stream import TextStream
 
     folders = [adapter_folder(adapter)] if adapter else []
-    opened = open_base(base, folders, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    opened = open_base(
+        base, folders, dtype=dtype, device=device, quantize=quantize, trust_remote_code=trust_remote_code
+    )
     slot = max(opened.slots.values())
     talk = Conversation(opened.base, slot=slot, system=system)
     output, turns = Output(as_json), []

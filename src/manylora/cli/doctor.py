@@ -19,6 +19,7 @@ PACKAGES = (
     "tokenizers",
     "datasets",
     "pyarrow",
+    "bitsandbytes",
     "safetensors",
     "huggingface_hub",
     "peft",
@@ -35,6 +36,7 @@ def doctor(as_json: AsJson = False) -> None:
     import torch
 
     from manylora.base.load import choose_device, choose_dtype
+    from manylora.quant import backend
 
     output = Output(as_json)
     device, why_device = choose_device("auto")
@@ -50,6 +52,7 @@ def doctor(as_json: AsJson = False) -> None:
         "cuda": _cuda(),
         "chosen": f"{why_device}; {why_dtype}",
         "products": _verdict(rates),
+        "packed weights": ": ".join(backend(device)),
         "encoded rows": _cache(),
     }
     versions = {name: _version(name) for name in PACKAGES}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from manylora.cli.opened import BaseName, Device, Opened, TrustRemoteCode, UseCache, open_base
+from manylora.cli.opened import BaseName, Device, Opened, Quantize, TrustRemoteCode, UseCache, open_base
 from manylora.cli.output import AsJson, Output, note
 from manylora.cli.places import Place, adapters_of, recognise
 from manylora.cli.train import show_scores
@@ -26,6 +26,7 @@ class Settings:
     base: str | None = None
     task: str = "sft"
     dtype: str = "bfloat16"
+    quantize: str | None = None
     format: str = "auto"
     columns: dict[str, str]
     overflow: str | None = None
@@ -55,6 +56,7 @@ def evaluate(
         str | None, typer.Option("--dtype", help="Of the frozen base. Default: the run's, or bfloat16.")
     ] = None,
     device: Device = "auto",
+    quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
     use_cache: UseCache = True,
     as_json: AsJson = False,
@@ -68,13 +70,18 @@ def evaluate(
     if not files:
         raise UserError("no data to evaluate on", next_step=f"manylora evaluate {target} --data FILE")
     settings = replace(
-        settings, data=files, base=base or settings.base, task=task or settings.task, dtype=dtype or settings.dtype
+        settings,
+        data=files,
+        base=base or settings.base,
+        task=task or settings.task,
+        dtype=dtype or settings.dtype,
+        quantize=quantize or settings.quantize,
     )
     from manylora.tasks import TASKS
 
     opened = open_base(
-        settings.base, folders, dtype=settings.dtype, device=device, trust_remote_code=trust_remote_code,
-        chat_template=settings.chat_template, auto=TASKS.get(settings.task).auto,
+        settings.base, folders, dtype=settings.dtype, device=device, quantize=settings.quantize,
+        trust_remote_code=trust_remote_code, chat_template=settings.chat_template, auto=TASKS.get(settings.task).auto,
     )  # fmt: skip
     examples = read_examples(opened, settings, use_cache=use_cache)
     scores = {
@@ -110,9 +117,9 @@ def _settings_of(path: Path) -> Settings:
     config = load_config(path)
     data = config.data
     return Settings(
-        base=config.base, task=config.task, dtype=config.dtype, format=data.format, columns=data.columns,
-        overflow=data.overflow, turns=data.turns, on_bad_row=data.on_bad_row, chat_template=data.chat_template,
-        row_tokens=config.train.row_tokens, data=held_out_places(config),
+        base=config.base, task=config.task, dtype=config.dtype, quantize=config.quantize or "none", format=data.format,
+        columns=data.columns, overflow=data.overflow, turns=data.turns, on_bad_row=data.on_bad_row,
+        chat_template=data.chat_template, row_tokens=config.train.row_tokens, data=held_out_places(config),
     )  # fmt: skip
 
 

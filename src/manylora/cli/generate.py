@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from manylora.cli.opened import BaseName, Device, Dtype, Opened, TrustRemoteCode, open_base
+from manylora.cli.opened import BaseName, Device, Dtype, Opened, Quantize, TrustRemoteCode, open_base
 from manylora.cli.output import AsJson, Output
 from manylora.cli.places import adapter_folder
 from manylora.errors import DataError, UserError
@@ -41,6 +41,7 @@ def generate(
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
+    quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -49,7 +50,9 @@ def generate(
     if not texts:
         raise UserError("no prompt is given", next_step="--prompt TEXT, or --prompts FILE")
     folders = [adapter_folder(name) for name in adapter or ()]
-    opened = open_base(base, folders, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    opened = open_base(
+        base, folders, dtype=dtype, device=device, quantize=quantize, trust_remote_code=trust_remote_code
+    )
     chosen = {name: slot for name, slot in opened.slots.items() if slot >= 0 or with_base or not folders}
     answers = _answers(
         opened, texts, list(chosen.values()), chat=chat, seed=seed, max_new_tokens=max_new_tokens,

@@ -148,9 +148,10 @@ def _base(output: Output, name: str, sites: bool, dtype: str, trust_remote_code:
 
 
 def _site(site: Site) -> dict[str, Any]:
-    shapes = [tuple(parameter.shape) for parameter in site.module.parameters(recurse=False)]
+    shapes = list(site.shapes().values())
     kind = f"{site.kind}, head" if site.is_head else site.kind
     kind = f"{kind}, tied to {site.tied_to}" if site.tied_to else kind
+    kind = f"{kind}, {site.packed.format}" if site.packed is not None else kind
     shape = " x ".join(map(str, shapes[0]))
     return {"name": site.name, "kind": kind, "shape": shape, "parameters": site.num_parameters()}
 

@@ -22,6 +22,12 @@ BaseName = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the frozen base: bfloat16, float16, float32 or float64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize", help="Pack the base: nf4, fp4, int8, int4 or none. Default: as the adapter was trained."
+    ),
+]
 UseCache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Whether rows that were encoded before are taken from the cache.")
 ]
@@ -42,6 +48,7 @@ def open_base(
     *,
     dtype: str = "bfloat16",
     device: str = "auto",
+    quantize: str | None = None,
     trust_remote_code: bool = False,
     chat_template: Path | None = None,
     auto: str = "AutoModelForCausalLM",
@@ -49,7 +56,8 @@ def open_base(
 ) -> Opened:
     """The base with the adapters in slots 0, 1, ...; without a name, the base that the first adapter was trained on.
 
-    An adapter that brings a chat template is shown prompts by that one, as it was trained.
+    An adapter that brings a chat template is shown prompts by that one, as it was trained. `quantize` packs the base's
+    linear weights; None: as the adapters were trained, "none": not at all.
 
     Raises:
         UserError: no base is named. BaseMismatch: an adapter was trained on another base, tokenizer or chat template.
@@ -61,10 +69,14 @@ def open_base(
 
     loaded = {label: Adapter.load(folder) for label, folder in _labels(adapters).items()}
     template = chat_template or _template_of(adapters)
+    named = name or _base_of(loaded)
+    storage, why = _storage(named, quantize, loaded)
     base = load_base(
-        name or _base_of(loaded), dtype=dtype, device=device, auto=auto, trust_remote_code=trust_remote_code,
+        named, dtype=dtype, device=device, quantize=storage, auto=auto, trust_remote_code=trust_remote_code,
         chat_template=template,
     )  # fmt: skip
+    for text in () if quiet else why:
+        note(text)
     for text in () if quiet else base.notes:
         note(text)
     slots = {"base": -1}
@@ -76,6 +88,22 @@ def open_base(
             slots[label] = slot
         bank.prove()
     return Opened(base, slots)
+
+
+def _storage(name: str, asked: str | None, loaded: Mapping[str, Adapter]) -> tuple[str | None, list[str]]:
+    """How the base's weights are packed, and why: as asked, else as the first adapter that says so was trained."""
+    from manylora.base.load import find_base
+    from manylora.base.stored import stored_format
+
+    if asked is not None:
+        return (None if asked == "none" else asked), []
+    said = {label: (adapter.receipt.get("base") or {}).get("storage") for label, adapter in loaded.items()}
+    chosen = next((storage for storage in said.values() if storage), None)
+    if chosen is None or "+" in chosen or stored_format(find_base(name)) is not None:
+        return None, []
+    others = [label for label, storage in said.items() if storage != chosen]
+    why = [f"the base is packed as {chosen}, as the adapter was trained; --quantize none: leave it dense"]
+    return chosen, why + [f"{label} was trained on another form of the base" for label in others]
 
 
 def _labels(folders: Sequence[Path]) -> dict[str, Path]:

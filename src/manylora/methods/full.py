@@ -6,7 +6,8 @@ Used for heads (PEFT's `modules_to_save`) and, on every site, for full fine-tuni
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from manylora.types import Factors, Site, SiteKind, Use
 
 
 class Full:
-    """Factors: one tensor per parameter of the site's module, by the module's own names and shapes."""
+    """Factors: one tensor per parameter of the site's module, by the module's own names and shapes.
+
+    A packed weight is a parameter like any other: its copy starts as the dense weight that the codes stand for.
+    """
 
     name = "full"
     kinds: tuple[SiteKind, ...] = ("linear", "conv1d", "embedding", "module")
@@ -32,18 +36,20 @@ class Full:
         return 0
 
     def stack_shapes(self, site: Site, shape_class: int) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in site.module.named_parameters(recurse=False)}
+        return site.shapes()
 
-    def init(self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator) -> Factors:
-        own = site.module.named_parameters(recurse=False)
+    def init(
+        self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
+    ) -> Factors:
         copies = {}
-        for name, value in own:
-            copies[name] = value.detach().to("cpu", torch.promote_types(value.dtype, torch.float32)).clone()
+        for name, value in site.parameters().items():
+            master = value.to("cpu", torch.promote_types(value.dtype, torch.float32))
+            copies[name] = master.clone(memory_format=torch.contiguous_format)
         return Factors(self.name, copies)
 
     def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:
-        own = dict(site.module.named_parameters(recurse=False))
-        return {name: value - own[name].detach().to(value) for name, value in factors.tensors.items()}
+        own = site.parameters()
+        return {name: value - own[name].to(value) for name, value in factors.tensors.items()}
 
     def forward(
         self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]
@@ -64,9 +70,11 @@ class Full:
     @staticmethod
     def _apply(x: Tensor, site: Site, use: Use, place: int, extra: tuple[tuple, dict]) -> Tensor:
         """The module's own forward with the slot's parameters in place of the frozen ones."""
-        own = dict(site.module.named_parameters(recurse=False))
+        module: Any = site.module
+        bare: nn.Module = _bare(module) if site.packed is None else module.twin()
+        own = dict(bare.named_parameters(recurse=False))
         cast = {name: tensor[place].to(own[name].dtype) for name, tensor in use.stack.tensors.items()}
-        return torch.func.functional_call(_bare(site.module), cast, (x, *extra[0]), extra[1])
+        return torch.func.functional_call(bare, cast, (x, *extra[0]), extra[1])
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -1,11 +1,11 @@
-"""LoRA: the change of a weight is s B A, of rank R.
+"""LoRA: the change of a weight is s B A, of rank R; with anchors, where an init gives them, s (B A - B0 A0).
 
 Source: LoRA (2106.09685), section 4; scale rules: spec.AdapterSpec.scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from manylora.errors import SpecError
 from manylora.methods.inits import INITS
-from manylora.ops.low_rank import low_rank
+from manylora.methods.inits.init import Start
+from manylora.ops.low_rank import low_rank, widened
 from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, SiteKind, Use
 
@@ -39,17 +40,24 @@ class Lora:
         rows, columns = site.out_in
         return {"a": (shape_class, columns), "b": (rows, shape_class)}
 
-    def init(self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator) -> Factors:
+    def init(
+        self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
+    ) -> Factors:
         rows, columns = site.out_in
         if rank > min(rows, columns):
             raise SpecError(
                 f"rank {rank} at {site.name!r}, a map of {rows} x {columns}", allowed=f"1 to {min(rows, columns)}"
             )
-        a, b = INITS.get(spec.init)(site, rank, generator)
-        return Factors(self.name, {"a": a, "b": b})
+        init = INITS.get(spec.init)
+        a, b = (factor.cpu() for factor in init.draw(Start(site, rank, spec.scale(site.name), generator, original)))
+        anchors = {"a": a.clone(), "b": b.clone()} if init.anchored else {}
+        return Factors(self.name, {"a": a, "b": b}, anchors)
 
     def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:
-        change = spec.scale(site.name) * (factors.tensors["b"] @ factors.tensors["a"])
+        a, b = factors.tensors["a"], factors.tensors["b"]
+        if factors.anchors:
+            a, b = widened(a, b, factors.anchors["a"], factors.anchors["b"])
+        change = spec.scale(site.name) * (b @ a)
         return {"weight": change.t() if site.kind in ("conv1d", "embedding") else change}
 
     def forward(
@@ -71,6 +79,8 @@ class Lora:
             pieces, reached = [], 0
             for segment in use.segments:
                 a, b = use.stack.tensors["a"][segment.place], use.stack.tensors["b"][segment.place]
+                if use.stack.anchors:
+                    a, b = widened(a, b, use.stack.anchors["a"][segment.place], use.stack.anchors["b"][segment.place])
                 found = functional.embedding(flat[segment.start : segment.stop], a.t())
                 update = use.stack.scales[segment.place] * (found @ b.t())
                 if scale_own is not None:

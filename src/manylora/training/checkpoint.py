@@ -114,18 +114,20 @@ def _put(bank: Bank, member: Member, factors: Mapping[str, Factors]) -> None:
 
 
 def flatten(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Factors as named tensors: `site|method|tensor`."""
+    """Factors as named tensors: `site|method|tensor`, and `site|method|tensor|anchor` where they have anchors."""
     return {
-        f"{site}|{held.method}|{name}": tensor.contiguous()
+        f"{site}|{held.method}|{name}{ending}": tensor.contiguous()
         for site, held in factors.items()
-        for name, tensor in held.tensors.items()
+        for ending, tensors in (("", held.tensors), ("|anchor", held.anchors))
+        for name, tensor in tensors.items()
     }
 
 
 def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """The inverse of `flatten`."""
-    grouped: dict[tuple[str, str], dict[str, Tensor]] = {}
+    grouped: dict[tuple[str, str], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
     for label, tensor in tensors.items():
-        site, method, name = label.split("|")
-        grouped.setdefault((site, method), {})[name] = tensor
-    return {site: Factors(method, held) for (site, method), held in grouped.items()}
+        site, method, name, *ending = label.split("|")
+        held, anchors = grouped.setdefault((site, method), ({}, {}))
+        (anchors if ending == ["anchor"] else held)[name] = tensor
+    return {site: Factors(method, *both) for (site, method), both in grouped.items()}

@@ -106,6 +106,7 @@ def _language_base(config: Config, objects: Mapping[str, Any]) -> LanguageBase:
         config.base,
         dtype=config.dtype,
         device=config.device,
+        quantize=config.quantize,
         auto=TASKS.get(config.task).auto,
         trust_remote_code=config.trust_remote_code,
         chat_template=config.data.chat_template,

@@ -7,16 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from manylora.types import Site
+from manylora.methods.inits.init import Init, Start
 
 
-def default(site: Site, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def default(start: Start) -> tuple[Tensor, Tensor]:
     """a (R, I) ~ U(-1/sqrt(I), 1/sqrt(I)) and b (O, R) = 0; for an embedding a = 0 and b ~ N(0, 1).
 
     Source: loralib and PEFT, `kaiming_uniform_(a=sqrt(5))`, whose bound is 1/sqrt(fan_in).
     """
-    rows, columns = site.out_in
-    if site.kind == "embedding":
-        return torch.zeros(rank, columns), torch.randn(rows, rank, generator=generator)
+    rows, columns = start.site.out_in
+    if start.site.kind == "embedding":
+        return torch.zeros(start.rank, columns), torch.randn(rows, start.rank, generator=start.generator)
     bound = 1 / math.sqrt(columns)
-    return (torch.rand(rank, columns, generator=generator) * 2 - 1) * bound, torch.zeros(rows, rank)
+    a = (torch.rand(start.rank, columns, generator=start.generator) * 2 - 1) * bound
+    return a, torch.zeros(rows, start.rank)
+
+
+DEFAULT = Init(default)

@@ -1,0 +1,193 @@
+"""What a merge cost: numbers by site and of the logits, as one value that is printed, saved and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+DEFAULT_BOUND = 0.5
+"""How much of what was learned may be lost. At 1.0 the error is as large as the change that the adapter makes, and the
+merged model may be as far from the adapted one as the bare base is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteError:
+    """`error`: |stored - (W + delta)| / |delta|. `survives`: the share of delta that is in the stored weight.
+    `size`: |delta| / |W|. None where delta is zero."""
+
+    site: str
+    method: str
+    error: float | None
+    survives: float | None
+    size: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Between two sets of logits: absolute, KL in nats by position, the share of equal first choices."""
+
+    max_abs: float
+    mean_abs: float
+    kl: float
+    max_kl: float
+    top1: float
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What one storage costs: its sites, worst first, and its logits against the unmerged model's."""
+
+    into: str
+    sites: tuple[SiteError, ...]
+    logits: Difference | None
+
+    @property
+    def median_error(self) -> float | None:
+        """The error of the middle site, relative to its delta; None where no site changes."""
+        return _median([site.error for site in self.sites if site.error is not None])
+
+    @property
+    def median_survival(self) -> float | None:
+        """The share of delta that is kept at the middle site."""
+        return _median([site.survives for site in self.sites if site.survives is not None])
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """The measured error of a merge.
+
+    `base_logits` is how far the bare base is from the adapted one: what was learned, as logits show it. `kl_share` is
+    the merged model's KL as a share of that. `others` are further storages, measured where this one fails.
+    """
+
+    losses: Losses
+    onto: str
+    base: str
+    num_rows: int
+    num_positions: int
+    compute_dtype: str
+    bound: float
+    base_logits: Difference | None
+    untied: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    others: tuple[Losses, ...] = ()
+    folder: Path | None = None
+    reasons: tuple[str, ...] = field(default=())
+
+    @property
+    def into(self) -> str:
+        return self.losses.into
+
+    @property
+    def sites(self) -> tuple[SiteError, ...]:
+        return self.losses.sites
+
+    @property
+    def passed(self) -> bool:
+        """Whether what is lost is within the bound."""
+        return not self.reasons
+
+    @property
+    def max_abs_error(self) -> float | None:
+        """The largest difference of a logit from the unmerged model's."""
+        return None if self.losses.logits is None else self.losses.logits.max_abs
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL(unmerged || merged) in nats."""
+        return None if self.losses.logits is None else self.losses.logits.kl
+
+    @property
+    def top1(self) -> float | None:
+        """The share of positions where both models put the same token first."""
+        return None if self.losses.logits is None else self.losses.logits.top1
+
+    @property
+    def median_error(self) -> float | None:
+        return self.losses.median_error
+
+    @property
+    def kl_share(self) -> float | None:
+        """KL of the merged model as a share of the bare base's."""
+        return kl_share(self.losses.logits, self.base_logits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        return {
+            "into": self.into, "onto": self.onto, "base": self.base, "passed": self.passed, "bound": self.bound,
+            "median_error": self.median_error, "median_survival": self.losses.median_survival,
+            "max_abs_error": self.max_abs_error, "kl": self.kl, "kl_share": self.kl_share, "top1": self.top1,
+            "logits": None if self.losses.logits is None else asdict(self.losses.logits),
+            "base_logits": None if self.base_logits is None else asdict(self.base_logits),
+            "num_rows": self.num_rows, "num_positions": self.num_positions, "compute_dtype": self.compute_dtype,
+            "untied": list(self.untied), "notes": list(self.notes), "reasons": list(self.reasons),
+            "sites": [asdict(site) for site in self.sites],
+            "others": {
+                other.into: {
+                    "median_error": other.median_error, "median_survival": other.median_survival,
+                    "kl": None if other.logits is None else other.logits.kl,
+                    "kl_share": kl_share(other.logits, self.base_logits),
+                }
+                for other in self.others
+            },
+            "folder": None if self.folder is None else str(self.folder),
+        }  # fmt: skip
+
+
+def kl_share(merged: Difference | None, bare: Difference | None) -> float | None:
+    """One KL as a share of another; None where there is none, or nothing was learned."""
+    if merged is None or bare is None or bare.kl <= 0.0:
+        return None
+    return merged.kl / bare.kl
+
+
+def over_bound(losses: Losses, bare: Difference | None, bound: float, noise: Difference | None) -> tuple[str, ...]:
+    """Why a storage loses more than `bound`; () where it does not.
+
+    `noise` is what the same model without any rounding of its weights shows: the compute dtype's own, which is no error
+    of the merge.
+    """
+    reasons = []
+    error, share = losses.median_error, kl_share(losses.logits, bare)
+    if error is not None and error > bound:
+        reasons.append(f"the median site's error is {error:.3g} of the change that was learned there")
+    drowned = noise is not None and losses.logits is not None and losses.logits.kl <= 2 * noise.kl
+    if share is not None and share > bound and not drowned:
+        reasons.append(f"its answers are {share:.3g} as far from the adapter's (KL) as the bare base's are")
+    return tuple(reasons)
+
+
+def worst_first(sites: Sequence[SiteError]) -> tuple[SiteError, ...]:
+    """The sites by their error, those that do not change at the end."""
+    return tuple(sorted(sites, key=lambda site: -1.0 if site.error is None else site.error, reverse=True))
+
+
+def facts(report: MergeReport) -> Mapping[str, str]:
+    """The lines above the table of sites."""
+    losses, lines = report.losses, {"merged into": f"{report.into}, onto {report.onto} weights"}
+    if losses.median_error is not None:
+        lines["median site"] = (
+            f"error {losses.median_error:.3g} of delta, {losses.median_survival or 0.0:.1%} of delta survives"
+        )
+    if losses.logits is not None:
+        found, bare = losses.logits, report.base_logits
+        lines["logits"] = f"max {found.max_abs:.3g}, mean {found.mean_abs:.3g} from the unmerged model"
+        learned = f" (bare base: {bare.kl:.3g}, max {bare.max_kl:.3g})" if bare is not None else ""
+        lines["KL"] = f"mean {found.kl:.3g}, max {found.max_kl:.3g} nats{learned}"
+        lines["top-1"] = f"{found.top1:.2%} agree" + (f" (bare base: {bare.top1:.2%})" if bare is not None else "")
+    lines["measured on"] = f"{report.num_rows} rows, {report.num_positions} positions, in {report.compute_dtype}"
+    for other in report.others:
+        share = kl_share(other.logits, report.base_logits)
+        tail = "" if share is None else f", KL {share:.3g} of the bare base's"
+        lines[f"into {other.into}"] = f"median site error {other.median_error or 0.0:.3g} of delta{tail}"
+    return lines
+
+
+def _median(values: Sequence[float]) -> float | None:
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

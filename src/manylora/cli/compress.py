@@ -1,0 +1,133 @@
+"""`manylora compress`: a smaller adapter, and what that costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manylora.cli.opened import BaseName, Device, Opened, TrustRemoteCode
+from manylora.cli.output import AsJson, Output, note
+from manylora.cli.places import adapter_folder
+from manylora.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from manylora.adapters.compressing.report import CompressReport
+
+SHOWN_SITES = 8
+
+
+def compress(
+    adapter: Annotated[str, typer.Argument(help="An adapter folder, or the run that trained it.")],
+    bits: Annotated[
+        int | None,
+        typer.Option("--bits", help="8: int8, 4: int4, 2: two and one. Default: 8; float32 with --rank or --energy."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Keep at most so many components of a site.")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Keep the components that make up this share: 0.99.")
+    ] = None,
+    rho: Annotated[
+        float, typer.Option("--rho", help="With --bits 2: the share that is stored in two bits, the rest in one.")
+    ] = 0.8,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", help="Mean KL (nats) above which nothing is written: 1e-3. Default: any."),
+    ] = None,
+    base: BaseName = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Rows to measure on, beside the probes; may be repeated.")
+    ] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits/--no-logits", help="Whether the base is loaded and logits are compared.")
+    ] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The folder to write. Default: measure, and write nothing.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="What the logits are computed in: float32 shows the loss alone.")
+    ] = "float32",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an adapter smaller, and measure what is lost."""
+    from manylora.adapters.compress import compress as compress_adapter
+    from manylora.adapters.compressing.folder import refuse_occupied
+    from manylora.adapters.compressing.report import CompressRefused
+
+    if not logits and (max_kl is not None or data):
+        raise ConfigError(
+            "--no-logits leaves nothing to measure", next_step="leave out --no-logits, or --max-kl and --data"
+        )
+    if output is not None:
+        refuse_occupied(output)
+    folder = adapter_folder(adapter)
+    opened = _opened(folder, base, dtype, device, trust_remote_code) if logits else None
+    out = Output(as_json)
+    try:
+        report = compress_adapter(
+            folder, bits=bits, rank=rank, energy=energy, rho=rho, base=opened, max_kl=max_kl,
+            probes=_rows(data, opened), output=output,
+        )  # fmt: skip
+    except CompressRefused as error:
+        show_report(out, error.report)
+        out.finish({"adapter": str(folder)} | error.report.to_dict())
+        raise
+    show_report(out, report)
+    out.line(f"\nwritten to {output}" if output is not None else "\nnothing was written: give --output DIR")
+    out.finish({"adapter": str(folder)} | report.to_dict())
+
+
+def _opened(folder: Path, name: str | None, dtype: str, device: str, trust_remote_code: bool) -> Any:
+    """The base of an adapter, with the adapter's own chat template."""
+    from manylora.adapters.adapter import Adapter
+    from manylora.base.load import load_base
+
+    name = name or Adapter.load(folder).base_name
+    if not name:
+        raise UserError(
+            "the adapter does not say which base it was trained on",
+            next_step="give it: --base builtin:tiny-en, a folder, or a hub id; or measure no logits: --no-logits",
+        )
+    template = folder / "chat_template.jinja"
+    opened = load_base(
+        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+        chat_template=template if template.is_file() else None,
+    )  # fmt: skip
+    for text in opened.notes:
+        note(text)
+    return opened
+
+
+def _rows(data: list[str] | None, base: Any) -> list[list[int]]:
+    """The tokens of the rows of data, as training shows them."""
+    if not data:
+        return []
+    from manylora.cli.evaluate import Settings, read_examples
+    from manylora.config import DataPlace
+
+    places = tuple(DataPlace(path=path) for path in data)
+    settings = Settings(columns={}, data=places, overflow="right", row_tokens=base.max_positions or 4096)
+    return [example.tokens.tolist() for example in read_examples(Opened(base, {"base": -1}), settings)]
+
+
+def show_report(output: Output, report: CompressReport) -> None:
+    """Print what a smaller adapter costs: bytes, logits, then the sites, worst first."""
+    from manylora.adapters.compressing.report import facts, in_words
+
+    lines = facts(report)
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        output.line(f"{name:<{width}}  {value}")
+    output.line()
+    shown = report.sites[:SHOWN_SITES]
+    rows = [(site.site, site.rank_before, site.rank, site.bits, site.error) for site in shown]
+    output.table(("site, worst first", "rank", "now", "bits", "error / delta"), rows)
+    if len(report.sites) > len(shown):
+        output.line(f"and {len(report.sites) - len(shown)} more, all with a smaller error")
+    if report.others:
+        output.line()
+        trials = [(in_words(one.recipe), one.num_bytes, one.kl) for one in report.others]
+        output.table(("other ways", "bytes", "mean KL"), trials)
