@@ -47,7 +47,10 @@ def trained(folder: Path, quantize: str | None, steps: int) -> Path:
     from manylora.cli.demo import RECIPE
     from manylora.data.demo import demo_data_folder
 
-    files = {key: demo_data_folder() / f"{key}.jsonl" for key in ("train", "eval")}
+    held_out = (demo_data_folder() / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    few = folder.with_suffix(".jsonl")
+    few.write_text("".join(held_out[:32]), encoding="utf-8")
+    files = {"train": demo_data_folder() / "train.jsonl", "eval": few}
     config = RECIPE | {"base": BASE, "dtype": "float32", "quantize": quantize, "data": files, "output": folder,
                        "evaluate": {"samples": 0}}  # fmt: skip
     manylora.train(config, overrides={"train.steps": steps})

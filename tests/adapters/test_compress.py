@@ -339,6 +339,15 @@ def test_the_tokenizer_and_the_configuration_go_along(folder, tmp_path):
     assert "manylora.Adapter.load" in (tmp_path / "small" / "README.md").read_text()
 
 
+def test_the_receipt_still_says_how_the_base_was_stored_in_training(folder, base, tmp_path):
+    path = folder / "receipt.json"
+    receipt = json.loads(path.read_text())
+    receipt["base"]["storage"] = "nf4"
+    path.write_text(json.dumps(receipt))
+    compress(folder, bits=8, base=base, output=tmp_path / "small")
+    assert Adapter.load(tmp_path / "small").receipt["base"] == receipt["base"]
+
+
 def test_compressing_again_as_before_changes_nothing(folder, tmp_path):
     compress(folder, bits=8, output=tmp_path / "one")
     report = compress(tmp_path / "one", bits=8, output=tmp_path / "two")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -214,14 +214,7 @@ def test_a_base_that_is_not_known_is_asked_for(llama, tmp_path):
 
 
 def test_without_the_package_it_says_how_to_install_it(llama, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def absent(name: str, *args: object, **kwargs: object) -> object:
-        if name == "gguf":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match="pip install gguf"):
         export(filled(llama, SPECS["plain"]), "gguf", tmp_path / "out")
 

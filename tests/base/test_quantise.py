@@ -459,6 +459,7 @@ print(status("VmHWM") - before, report.bytes_after + rest, max(p.nbytes for p in
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_loading_holds_the_packed_model_and_one_tensor(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
@@ -472,6 +473,6 @@ def test_loading_holds_the_packed_model_and_one_tensor(tmp_path: Path) -> None:
     )
     peak, packed, largest = map(int, told.stdout.split())
     dense = (tmp_path / "base" / "model.safetensors").stat().st_size
-    scratch = 24e6  # of packing a million weights at a time, whatever the size of the model
+    scratch = 32e6  # of packing a million weights at a time, whatever the size of the model
     assert peak <= 1.1 * (packed + largest) + scratch, f"{peak:,} above the start for {packed:,} packed"
-    assert peak < 0.6 * dense, f"{peak:,} above the start for {dense:,} dense"
+    assert peak < 0.65 * dense, f"{peak:,} above the start for {dense:,} dense"

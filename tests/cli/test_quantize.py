@@ -68,3 +68,54 @@ def test_mistakes_are_told_and_leave_nothing_behind(tiny_base_folder: Path, tmp_
     quantize(str(tiny_base_folder), tmp_path / "out")
     with pytest.raises(OutputExists):
         quantize(str(tiny_base_folder), tmp_path / "out")
+
+
+def test_a_base_fitted_to_an_adapter_is_nearer_to_the_original_and_a_base_of_its_own(tmp_path, capsys):
+    import torch
+
+    import manylora
+    from manylora.cli.app import run
+    from manylora.errors import BaseMismatch
+
+    for name, words in (("plain", []), ("fitted", ["--loftq-rank", "8"])):
+        assert run(["quantize", "builtin:tiny-en", "--format", "nf4", "--output", str(tmp_path / name), *words]) == 0
+    assert "fitted-start" in capsys.readouterr().out
+    tokens = torch.arange(40)[None] * 97 % 8000
+
+    def logits(base, adapter=None):
+        with torch.no_grad():
+            if adapter is None:
+                return base.model(input_ids=tokens).logits.float()
+            with manylora.Bank(base) as bank:
+                bank.put(adapter, slot=0)
+                with bank.route([0]):
+                    return base.model(input_ids=tokens).logits.float()
+
+    plain, fitted = (manylora.load_base(str(tmp_path / name), dtype="float32") for name in ("plain", "fitted"))
+    start = manylora.Adapter.load(tmp_path / "fitted-start")
+    wanted = logits(manylora.load_base("builtin:tiny-en", dtype="float32"))
+    off = [(found - wanted).norm().item() for found in (logits(plain), logits(fitted), logits(fitted, start))]
+    assert off[2] < off[0] < off[1]
+    assert plain.fingerprint != fitted.fingerprint
+    with pytest.raises(BaseMismatch):
+        logits(plain, start)
+    assert run(["quantize", "builtin:tiny-en", "--output", str(tmp_path / "fitted2"), "--loftq-rank", "4"]) == 0
+    (tmp_path / "again-start").mkdir()
+    assert run(["quantize", "builtin:tiny-en", "--output", str(tmp_path / "again"), "--loftq-rank", "4"]) == 2
+    assert not (tmp_path / "again").exists()
+
+
+def test_training_goes_on_from_the_adapter_that_a_base_was_fitted_to(tiny_base_folder, tmp_path, capsys):
+    import manylora
+    from manylora.cli.app import run
+
+    done = run(["quantize", str(tiny_base_folder), "--output", str(tmp_path / "packed"), "--loftq-rank", "4"])
+    assert done == 0, capsys.readouterr().err
+    rows = [{"prompt": f"name : {word}", "completion": f" {word} it is"} for word in "abcd"]
+    result = manylora.train(
+        {"base": str(tmp_path / "packed"), "adapter": {"from": str(tmp_path / "packed-start")}, "track": [],
+         "train": {"steps": 3, "row_tokens": 64, "learning_rate": 1e-2}, "evaluate": {"max_new_tokens": 2},
+         "output": str(tmp_path / "run")},
+        train_data=rows, eval_data=rows,
+    )  # fmt: skip
+    assert result.summary["eval"]["loss"] < result.summary["base_eval"]["loss"]

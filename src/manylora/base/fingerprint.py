@@ -84,7 +84,8 @@ def folder_fingerprint(folder: Path) -> str:
             f"and its config.json says {str(block.get('content'))[:15]}...",
             next_step="copy or download it again, or pack the original again: manylora quantize",
         )
-    return str(block["original"]["fingerprint"])
+    # Weights that were fitted to an adapter are another base than the one they were packed from.
+    return str(block["content"] if block.get("fitted") else block["original"]["fingerprint"])
 
 
 def content_digest(folder: Path) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from manylora.base.fingerprint import content_digest, folder_fingerprint, read_header, weight_files
 from manylora.base.load import base_name, check_quantize, find_base, load_dense, reading
 from manylora.base.packed import PackedLinear
-from manylora.base.quantise import PackReport, load_packing, packer
+from manylora.base.quantise import Pack, PackReport, load_packing, packer
 from manylora.base.stored import METHOD, VERSION
 from manylora.errors import ConfigError, OutputExists
 from manylora.files import write_folder_atomic
@@ -87,9 +87,12 @@ class Written:
 
 def quantise_folder(
     name: str, output: str | Path, format_name: str, options: Mapping[str, Any] | None = None, *,
-    device: torch.device | None = None, trust_remote_code: bool = False,
+    fit: Pack | None = None, device: torch.device | None = None, trust_remote_code: bool = False,
 ) -> Written:  # fmt: skip
     """Write a base with its linear weights packed; what is not packed keeps the dtype of its file.
+
+    `fit` packs a weight itself, to fit an adapter that starts on it (LoftQ): the folder is then a base of its own, with
+    a fingerprint of its own.
 
     Raises:
         OutputExists: `output` holds something. ConfigError: the base is packed already.
@@ -104,7 +107,7 @@ def quantise_folder(
         raise ConfigError(f"{name} is packed already, as {format_name}", next_step="use it as it is")
     fingerprint = folder_fingerprint(folder)
     written = Written(output, format_name, fingerprint, [])
-    pack_one, report = packer(format_name, options), PackReport(format_name)
+    pack_one, report = fit or packer(format_name, options), PackReport(format_name)
 
     def pack(site: str, weight: Tensor) -> Packed:
         packed = pack_one(site, weight)
@@ -123,7 +126,8 @@ def quantise_folder(
     with write_folder_atomic(output) as new:
         written.bytes_after = _write_tensors(model, new)
         _copy_rest(folder, new)
-        _write_config(folder, new, model, format_name, original)
+        _write_config(folder, new, model, format_name, original, fitted=fit is not None)
+    written.fingerprint = folder_fingerprint(output)
     written.bytes_before = written.bytes_after + written.total.bytes_before - written.total.bytes_after
     return written
 
@@ -165,7 +169,9 @@ def _copy_rest(folder: Path, new: Path) -> None:
         shutil.copytree(folder / TEMPLATES, new / TEMPLATES)
 
 
-def _write_config(folder: Path, new: Path, model: nn.Module, format_name: str, original: Mapping[str, str]) -> None:
+def _write_config(
+    folder: Path, new: Path, model: nn.Module, format_name: str, original: Mapping[str, str], *, fitted: bool
+) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = {
         name: module.packed_weight.settings()
@@ -174,6 +180,7 @@ def _write_config(folder: Path, new: Path, model: nn.Module, format_name: str, o
     }
     block: dict[str, Any] = {
         "quant_method": METHOD, "version": VERSION, "format": format_name, "original": original, "sites": settings,
+        "fitted": fitted,
     }  # fmt: skip
     path = new / "config.json"
     path.write_text(json.dumps({**config, "quantization_config": block}, indent=2) + "\n", encoding="utf-8")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manylora.cli.opened import BaseName, Device, Opened, TrustRemoteCode
-from manylora.cli.output import AsJson, Output, note
+from manylora.cli.opened import BaseName, Device, Opened, Quantize, TrustRemoteCode, open_base
+from manylora.cli.output import AsJson, Output
 from manylora.cli.places import adapter_folder
-from manylora.errors import ConfigError, UserError
+from manylora.errors import ConfigError
 
 if TYPE_CHECKING:
     from manylora.adapters.compressing.report import CompressReport
@@ -49,6 +49,7 @@ def compress(
         str, typer.Option("--dtype", help="What the logits are computed in: float32 shows the loss alone.")
     ] = "float32",
     device: Device = "auto",
+    quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -64,12 +65,17 @@ def compress(
     if output is not None:
         refuse_occupied(output)
     folder = adapter_folder(adapter)
-    opened = _opened(folder, base, dtype, device, trust_remote_code) if logits else None
+    opened = None
+    if logits:
+        opened = open_base(
+            base, [folder], dtype=dtype, device=device, quantize=quantize, trust_remote_code=trust_remote_code
+        )
+        opened.base.bank.close()  # each adapter that is measured gets a bank of its own
     out = Output(as_json)
     try:
         report = compress_adapter(
-            folder, bits=bits, rank=rank, energy=energy, rho=rho, base=opened, max_kl=max_kl,
-            probes=_rows(data, opened), output=output,
+            folder, bits=bits, rank=rank, energy=energy, rho=rho, base=None if opened is None else opened.base,
+            max_kl=max_kl, probes=_rows(data, opened), output=output,
         )  # fmt: skip
     except CompressRefused as error:
         show_report(out, error.report)
@@ -80,37 +86,16 @@ def compress(
     out.finish({"adapter": str(folder)} | report.to_dict())
 
 
-def _opened(folder: Path, name: str | None, dtype: str, device: str, trust_remote_code: bool) -> Any:
-    """The base of an adapter, with the adapter's own chat template."""
-    from manylora.adapters.adapter import Adapter
-    from manylora.base.load import load_base
-
-    name = name or Adapter.load(folder).base_name
-    if not name:
-        raise UserError(
-            "the adapter does not say which base it was trained on",
-            next_step="give it: --base builtin:tiny-en, a folder, or a hub id; or measure no logits: --no-logits",
-        )
-    template = folder / "chat_template.jinja"
-    opened = load_base(
-        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-        chat_template=template if template.is_file() else None,
-    )  # fmt: skip
-    for text in opened.notes:
-        note(text)
-    return opened
-
-
-def _rows(data: list[str] | None, base: Any) -> list[list[int]]:
-    """The tokens of the rows of data, as training shows them."""
-    if not data:
+def _rows(data: list[str] | None, opened: Opened | None) -> list[list[int]]:
+    """The tokens of the rows of data, as training shows them; what cannot be shown is left out and noted."""
+    if not data or opened is None:
         return []
     from manylora.cli.evaluate import Settings, read_examples
     from manylora.config import DataPlace
 
     places = tuple(DataPlace(path=path) for path in data)
-    settings = Settings(columns={}, data=places, overflow="right", row_tokens=base.max_positions or 4096)
-    return [example.tokens.tolist() for example in read_examples(Opened(base, {"base": -1}), settings)]
+    settings = Settings(columns={}, data=places, on_bad_row="skip", row_tokens=opened.base.max_positions or 4096)
+    return [example.tokens.tolist() for example in read_examples(opened, settings)]
 
 
 def show_report(output: Output, report: CompressReport) -> None:

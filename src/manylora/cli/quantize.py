@@ -12,6 +12,7 @@ from manylora.cli.output import AsJson, Output, note
 
 if TYPE_CHECKING:
     from manylora.base.packed_folder import Loss
+    from manylora.methods.inits.loftq import LoftqPacking
 
 
 def quantize(
@@ -25,6 +26,11 @@ def quantize(
     block: Annotated[
         int | None, typer.Option("--block", min=1, help="Weights that share a scale. Default: the format's own.")
     ] = None,
+    loftq_rank: Annotated[
+        int | None,
+        typer.Option("--loftq-rank", min=1, help="Also write OUTPUT-start, an adapter that the weights are fitted to."),
+    ] = None,
+    loftq_iterations: Annotated[int, typer.Option("--loftq-iterations", min=1, help="Turns; the best is kept.")] = 5,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -34,7 +40,11 @@ def quantize(
     out = Output(as_json)
     options: dict[str, Any] = {"double_quant": double_quant, "block": block}
     options = {key: value for key, value in options.items() if value is not None}
-    written = quantise_folder(base, output, format_name, options, trust_remote_code=trust_remote_code)
+    start = output.with_name(f"{output.name}-start")
+    fit = None if loftq_rank is None else _fitting(start, format_name, loftq_rank, loftq_iterations, options)
+    written = quantise_folder(base, output, format_name, options, fit=fit, trust_remote_code=trust_remote_code)
+    if fit is not None:
+        _save_start(start, written.folder, fit, trust_remote_code)
     for text in written.notes:
         note(text)
     rows = {**written.losses, "all": written.total}
@@ -46,8 +56,11 @@ def quantize(
         f"\n{written.folder}: {written.bytes_after:,} bytes of tensors, from {written.bytes_before:,}; what is not in "
         f"the table stays dense\nuse it: base: {written.folder}"
     )
+    if fit is not None:
+        out.line(f"its adapter: adapter.from: {start}; neither is of use without the other")
     out.finish({
         "folder": written.folder,
+        "start": None if fit is None else start,
         "format": written.format,
         "options": options,
         "fingerprint": written.fingerprint,
@@ -56,6 +69,26 @@ def quantize(
         "sites": {name: _row(loss) for name, loss in rows.items()},
         "notes": written.notes,
     })  # fmt: skip
+
+
+def _fitting(start: Path, format_name: str, rank: int, iterations: int, options: dict[str, Any]) -> LoftqPacking:
+    """Packs each weight so that an adapter of this rank makes up for what packing loses."""
+    from manylora.errors import OutputExists
+    from manylora.methods.inits.loftq import LoftqPacking
+    from manylora.spec import AdapterSpec
+
+    if start.exists():
+        raise OutputExists(f"{start} exists, where the starting adapter is to lie", next_step="choose another --output")
+    spec = AdapterSpec(rank=rank, alpha=2.0 * rank)
+    return LoftqPacking(format_name, spec, iterations=iterations, options=options)
+
+
+def _save_start(start: Path, folder: Path, fit: LoftqPacking, trust_remote_code: bool) -> None:
+    from manylora.adapters.adapter import Adapter
+    from manylora.base.load import load_base
+
+    packed = load_base(str(folder), device="cpu", trust_remote_code=trust_remote_code)
+    Adapter.of(packed, fit.spec, fit.factors).save(start, packed)
 
 
 def _row(loss: Loss) -> dict[str, Any]:

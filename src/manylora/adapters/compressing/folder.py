@@ -54,6 +54,7 @@ def write_folder(
         made.adapter.save(new, base)
         if made.recipe.scheme is not None:
             _code(made, new)
+        _keep_origin(made.adapter, new)
         for path in sorted(source.iterdir()) if source is not None else ():
             if path.is_file() and path.suffix in _BESIDE and path.name not in _OWN and not (new / path.name).exists():
                 shutil.copyfile(path, new / path.name)
@@ -81,6 +82,13 @@ def _code(made: Reduced, folder: Path) -> None:
     receipt["compression"] = {"scheme": recipe.scheme, "bits": made.bits, **settings}
     _write_json(folder / RECEIPT_FILE, receipt)
     (folder / "README.md").write_text(_card(made), encoding="utf-8")
+
+
+def _keep_origin(adapter: Adapter, folder: Path) -> None:
+    """What the receipt says of the base stays what it was in training, however the base was loaded to measure on."""
+    if "base" in adapter.receipt:
+        receipt = json.loads((folder / RECEIPT_FILE).read_text(encoding="utf-8"))
+        _write_json(folder / RECEIPT_FILE, receipt | {"base": adapter.receipt["base"]})
 
 
 def _prove(adapter: Adapter, folder: Path) -> None:

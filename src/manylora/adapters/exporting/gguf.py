@@ -6,6 +6,7 @@ rank read from each lora_b.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +84,11 @@ def permuted(b: Tensor, num_heads: int) -> Tensor:
 
 def _package() -> Any:
     try:
-        import gguf
+        return importlib.import_module("gguf")
     except ImportError as error:
         raise ConfigError(
             "writing GGUF needs the package 'gguf', which is not installed", next_step="pip install gguf"
         ) from error
-    return gguf
 
 
 def _architecture(config: Mapping[str, Any]) -> _Architecture:

@@ -32,10 +32,12 @@ def site_error(weights: Weights, site: Site, storage: Storage) -> SiteError:
     parameters of the site.
     """
     changes = weights.change(site)
-    stored, alone = weights.kept(site, storage), weights.kept(site, storage, with_change=False)
+    parameters = {name: weights.before(site, name) for name in changes}
+    stored = weights.stored(site, storage, parameters, changes)
+    alone = weights.stored(site, storage, parameters, {})
     squares = {"error": 0.0, "change": 0.0, "weight": 0.0, "along": 0.0}
     for name, change in changes.items():
-        change, before = change.double(), weights.before(site, name).double()
+        change, before = change.double(), parameters[name].double()
         kept = stored[name].double()
         squares["error"] += float((kept - before - change).square().sum())
         squares["change"] += float(change.square().sum())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from manylora.adapters.bank import Bank
 from manylora.adapters.merge.folder import refuse_occupied, write_model, write_report
 from manylora.adapters.merge.measure import difference, logits_with, site_error, unmerged_logits
 from manylora.adapters.merge.opening import prove_opens
@@ -27,7 +28,7 @@ from manylora.adapters.merge.source import MemorySource, source_of
 from manylora.adapters.merge.storage import Storage, storage_of
 from manylora.adapters.merge.weights import Weights
 from manylora.adapters.receipt import check_receipt
-from manylora.errors import BaseMismatch, ConfigError, MergeRefused, SpecError, nearest_names
+from manylora.errors import ConfigError, MergeRefused, SpecError, nearest_names
 from manylora.files import write_folder_atomic
 from manylora.quant import PACKINGS
 from manylora.types import Site
@@ -70,11 +71,8 @@ def merge(
     if output is not None:
         refuse_occupied(Path(output))
     check_receipt(adapter, base)
-    strange = [name for name in adapter.factors if name not in base.sites]
-    if strange:
-        raise BaseMismatch(
-            f"the adapter's site {strange[0]!r} is not in this base", nearest=nearest_names(strange[0], base.sites)
-        )
+    with Bank(base) as bank:
+        bank.put(adapter, slot=0)  # a site or a shape that this base has not is an error here
     weights, onto_name = _weights(base, adapter, onto)
     rows = make_probes(base, probes)
     report, merged_logits = _measured(weights, onto_name, storage, rows, bound)

@@ -94,17 +94,22 @@ class Weights:
     def kept(self, site: Site, storage: Storage, *, with_change: bool = True) -> dict[str, Tensor]:
         """What a reader of the merged folder gets for each parameter of a site, float32 or wider."""
         changes = self.change(site) if with_change else {}
+        return self.stored(site, storage, {name: self.before(site, name) for name in site.shapes()}, changes)
+
+    def stored(
+        self, site: Site, storage: Storage, before: Mapping[str, Tensor], changes: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What a storage gives back of a site's parameters and their changes."""
         kept = {}
-        for name in site.shapes():
+        for name, value in before.items():
             place = self.place(site, name)
             dtype = self.source.main_dtype if place is None else place.dtype
-            value = self.before(site, name)
             if name in changes:
                 value = value + changes[name].to(value.dtype)
             packs = name == "weight" and self.packs(site)
             across = packs and site.kind == "conv1d"
-            stored = storage.kept(value.t() if across else value, dtype, self.source.main_dtype, packs=packs)
-            kept[name] = stored.t() if across else stored
+            given = storage.kept(value.t() if across else value, dtype, self.source.main_dtype, packs=packs)
+            kept[name] = given.t() if across else given
         return kept
 
     def keeps_all(self, site: Site, storage: Storage) -> bool:
