@@ -3,7 +3,7 @@
     python bench/merge.py --steps 60
 
 Trains an adapter on the builtin base as it is, and one on the same base packed as nf4; merges each into every storage;
-loads every folder again and evaluates it. `loss_kept` is the share of what the adapter gained that the merged model
+loads every folder again and evaluates it. `distance` is the error that the command judges by. `loss_kept` is the share of what the adapter gained that the merged model
 still has: 1 is all, 0 the bare base. Then the trained change made small (1/1000 of the weight), where the trap is.
 No figure is written before the float32 merge has given the unmerged loss to 1e-3. Writes bench/results/merge.json.
 """
@@ -111,6 +111,7 @@ def numbers(report: Any) -> dict[str, Any]:
         "median_error_of_delta": float(f"{report.median_error:.3g}"),
         "median_delta_kept": float(f"{survives:.3g}"),
         "kl": float(f"{report.kl:.3g}"),
+        "distance": float(f"{report.distance:.3g}"),
         "kl_of_bare_base": float(f"{report.base_logits.kl:.3g}"),
         "max_abs_logit": float(f"{report.max_abs_error:.3g}"),
     }

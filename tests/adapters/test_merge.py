@@ -323,6 +323,22 @@ def test_an_update_below_the_grid_of_a_packed_base_vanishes_whole(tiny_base_fold
     assert report.median_error == pytest.approx(1.0, abs=0.3)
 
 
+def test_noise_that_hides_no_learning_is_let_pass_although_it_is_larger_than_the_change(llama):
+    """Packing the base shakes every weight; the change stands above it where it is coherent, and the answers tell."""
+    report = merge(llama, filled(llama, ALL, size=0.15), "int8", max_error=0.5)
+    assert report.distance is not None
+    assert report.distance < 0.5
+    assert report.losses.median_survival == pytest.approx(1.0, abs=0.05)
+
+
+def test_without_logits_the_sites_error_is_the_bound():
+    base = FrozenModel(Plain())
+    adapter = filled(base, AdapterSpec(rank=2, sites=("up", "head")), size=1e-3)
+    assert merge(base, adapter, "fp32").kl is None
+    with pytest.raises(MergeRefused, match="of the change is the error at the median site"):
+        merge(base, adapter, "bf16")
+
+
 def test_the_error_that_the_refusal_names_is_accepted(llama):
     adapter = filled(llama, ALL, size=0.02)
     with pytest.raises(MergeRefused) as caught:

@@ -22,6 +22,7 @@ from manylora.adapters.merge.report import (
     Losses,
     MergeReport,
     over_bound,
+    shares_lost,
     worst_first,
 )
 from manylora.adapters.merge.source import MemorySource, source_of
@@ -57,8 +58,8 @@ def merge(
 
     `into`: fp32, bf16, fp16, or a packing. `onto`: "original" weights, "dequantised" (what the base's packed weights
     stand for) or "dequantised:nf4"; None: dequantised where the base is packed. `max_error` bounds two shares of what
-    was learned: the median site's error relative to its delta, and the KL from the unmerged model relative to the
-    bare base's. `probes` are further rows of tokens to measure on. The base is not touched.
+    was learned (default 0.5): the change that is lost at the median site, and how far the answers are from the
+    unmerged model's, the bare base's being 1; where no logits can be had, the median site's error over its delta. `probes` are further rows of tokens to measure on. The base is not touched.
 
     Raises:
         MergeRefused: more than `max_error` would be lost; nothing is written, and `error.report` has the numbers.
@@ -79,7 +80,7 @@ def merge(
     if not report.passed:
         raise MergeRefused(
             f"merging into {report.into} loses too much: {'; '.join(report.reasons)}",
-            allowed=f"at most {bound:g}; 1 means that the error is as large as what was learned",
+            allowed=f"at most {bound:g} of what was learned, where 1 is all of it",
             next_step=_next_step(report),
             report=report,
         )
@@ -195,7 +196,7 @@ def _losses(
 def _next_step(report: MergeReport) -> str:
     """Which storages pass, and what to type to take this one all the same."""
     passing = [other.into for other in report.others if not over_bound(other, report.base_logits, report.bound, None)]
-    needed = max(report.median_error or 0.0, report.kl_share or 0.0)
+    needed = max(shares_lost(report.losses, report.base_logits).values())
     accept = f"to accept the loss: --max-error {_rounded_up(needed):g}"
     return f"{' and '.join(passing)} would pass; {accept}" if passing else accept
 
