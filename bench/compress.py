@@ -17,7 +17,7 @@ import torch
 from results import write_result
 
 BASE = "builtin:tiny-en"
-STEPS = 200
+STEPS = 120
 ASKED: tuple[dict[str, Any], ...] = (
     {"bits": 8},
     {"bits": 4},

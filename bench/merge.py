@@ -3,9 +3,10 @@
     python bench/merge.py --steps 60
 
 Trains an adapter on the builtin base as it is, and one on the same base packed as nf4; merges each into every storage;
-loads every folder again and evaluates it. `distance` is the error that the command judges by. `loss_kept` is the share of what the adapter gained that the merged model
-still has: 1 is all, 0 the bare base. Then the trained change made small (1/1000 of the weight), where the trap is.
-No figure is written before the float32 merge has given the unmerged loss to 1e-3. Writes bench/results/merge.json.
+loads every folder again and evaluates it. `loss_kept` is the share of what the adapter gained that the merged model
+still has: 1 is all, 0 the bare base. `distance` is the error by which the command judges. Then the trained change made
+small (1/1000 of the weight), where the trap is. No figure is written before the float32 merge has given the unmerged
+loss to 1e-3. Writes bench/results/merge.json.
 """
 
 from __future__ import annotations

@@ -71,10 +71,21 @@ def test_the_data_pages_commands_run(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("page", ["data.md", "formats.md"])
+def test_the_quantisation_pages_commands_run(newcomer: Path, tmp_path: Path) -> None:
+    for name in ("train.jsonl", "first.yaml"):
+        (tmp_path / name).write_text((newcomer / name).read_text(encoding="utf-8"), encoding="utf-8")
+    for line in "".join(blocks(ROOT / "docs" / "quantisation.md", "sh")).splitlines():
+        words = shlex.split(line)[1:]
+        done = manylora(words + (SMALL if words[0] == "train" else []), tmp_path)
+        # What a few steps learn may be too little for four bits: then the merge is refused, as the page says.
+        refused = words[0] == "merge" and "nf4" in words and done.returncode == 2
+        assert done.returncode == 0 or refused, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", ["data.md", "formats.md", "quantisation.md", "inits.md"])
 def test_every_yaml_block_of_the_data_pages_is_a_configuration(page: str) -> None:
     for text in blocks(ROOT / "docs" / page, "yaml"):
-        load_config({"base": "builtin:tiny-en", "output": "x", **yaml.safe_load(text)})
+        load_config({"base": "builtin:tiny-en", "output": "x", "data": {"train": "x"}, **yaml.safe_load(text)})
 
 
 def test_every_command_named_exists() -> None:

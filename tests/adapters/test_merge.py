@@ -14,7 +14,7 @@ from torch import nn
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.adapters.merge import MergeReport, folder, merge
-from manylora.adapters.merge.report import facts
+from manylora.adapters.merge.report import Difference, Losses, SiteError, facts, over_bound
 from manylora.base.frozen import FrozenModel
 from manylora.base.load import load_base
 from manylora.errors import BaseMismatch, ConfigError, MergeRefused, OutputExists, SpecError, UnknownName
@@ -323,12 +323,15 @@ def test_an_update_below_the_grid_of_a_packed_base_vanishes_whole(tiny_base_fold
     assert report.median_error == pytest.approx(1.0, abs=0.3)
 
 
-def test_noise_that_hides_no_learning_is_let_pass_although_it_is_larger_than_the_change(llama):
-    """Packing the base shakes every weight; the change stands above it where it is coherent, and the answers tell."""
-    report = merge(llama, filled(llama, ALL, size=0.15), "int8", max_error=0.5)
-    assert report.distance is not None
-    assert report.distance < 0.5
-    assert report.losses.median_survival == pytest.approx(1.0, abs=0.05)
+def test_the_bound_judges_by_what_is_lost_and_not_by_the_size_of_the_noise():
+    """Both as measured of a trained adapter: noise four times the change that costs 2 % of it, and the loss of nearly
+    all of it with an error of 1."""
+    bare = Difference(max_abs=7.0, mean_abs=0.5, kl=0.3, max_kl=1.0, top1=0.6)
+    noisy = Losses("nf4", (SiteError("q", "lora", 3.98, 0.998, 0.02),), replace(bare, kl=0.03))
+    lost = Losses("nf4", (SiteError("q", "lora", 1.08, 0.018, 0.02),), replace(bare, kl=0.297))
+    assert over_bound(noisy, bare, 0.5, None) == ()
+    assert len(over_bound(lost, bare, 0.5, None)) == 2
+    assert over_bound(lost, bare, 1.0, None) == ()
 
 
 def test_without_logits_the_sites_error_is_the_bound():

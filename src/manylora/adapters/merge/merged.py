@@ -59,7 +59,8 @@ def merge(
     `into`: fp32, bf16, fp16, or a packing. `onto`: "original" weights, "dequantised" (what the base's packed weights
     stand for) or "dequantised:nf4"; None: dequantised where the base is packed. `max_error` bounds two shares of what
     was learned (default 0.5): the change that is lost at the median site, and how far the answers are from the
-    unmerged model's, the bare base's being 1; where no logits can be had, the median site's error over its delta. `probes` are further rows of tokens to measure on. The base is not touched.
+    unmerged model's, the bare base's being 1; where no logits can be had, the median site's error over its delta.
+    `probes` are further rows of tokens to measure on. The base is not touched.
 
     Raises:
         MergeRefused: more than `max_error` would be lost; nothing is written, and `error.report` has the numbers.
