@@ -129,7 +129,7 @@ def test_the_card_names_the_base_and_the_library(folder):
 
 def test_the_receipt_says_base_sites_ranks_and_scales(folder):
     receipt = json.loads((folder / "receipt.json").read_text())
-    assert receipt["base"] == {"name": "a tiny base", "fingerprint": tiny().fingerprint}
+    assert receipt["base"] == {"name": "a tiny base", "fingerprint": tiny().fingerprint, "storage": None}
     assert receipt["sites"]["layers.0.up"] == {"method": "lora", "rank": 3, "scale": 2.5}
     assert receipt["sites"]["embed"]["kind"] == "embedding"
     assert receipt["sites"]["head"] == {"method": "full"}

@@ -147,6 +147,9 @@ def _milder(recipe: Recipe) -> list[Recipe]:
     # A share of the last, where no component is cut, needs a scheme.
     asked = [(scheme, cut) for scheme in tried for cut in cuts if scheme is not None or cut]
     asked += [("int8", {})] if recipe.scheme is None else []
+    if recipe.scheme == "split" and not recipe.cuts:
+        # Four bits for few components often keep more than one or two bits for all, in as many bytes.
+        asked += [("int4", {"energy": 0.9}), ("int4", {"energy": 0.99})]
     rhos = {recipe.rho, 0.95, 1.0} if recipe.scheme == "split" else {recipe.rho}
     found = [
         Recipe(scheme=scheme, rho=rho, **cut)
