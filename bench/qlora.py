@@ -3,8 +3,8 @@
     python bench/qlora.py --text valid.txt.xz
     python bench/qlora.py --e2e dev.txt
 
-The first gives the perplexity of the builtin base on plain text that it has not seen, dense and stored in each format; a
-base that differs from the dense one by more than its format may is an error. The second trains on the E2E development
+The first gives the perplexity of the builtin base on plain text that it has not seen, dense and stored in each format;
+a base that differs from the dense one by more than its format may is an error. The second trains on the E2E development
 set, split by attribute set as in bench/e2e.py: LoRA on the dense base and QLoRA on an nf4 base, the same recipe, three
 seeds each. Writes bench/results/qlora-text.json and qlora-e2e.json.
 """

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from manylora.adapters.adapter import Adapter
     from manylora.adapters.bank import Bank
+    from manylora.adapters.compress import compress
     from manylora.adapters.merge import MergeReport, merge
     from manylora.base.frozen import FrozenModel
     from manylora.base.load import load_base
@@ -44,6 +45,7 @@ __all__ = [
     "Result",
     "UserError",
     "__version__",
+    "compress",
     "generate",
     "load_base",
     "load_config",
@@ -63,6 +65,7 @@ _HOMES = {
     "MergeReport": "manylora.adapters.merge",
     "Result": "manylora.training.run",
     "UserError": "manylora.errors",
+    "compress": "manylora.adapters.compress",
     "generate": "manylora.generation.decode",
     "load_base": "manylora.base.load",
     "load_config": "manylora.config",

@@ -199,6 +199,9 @@ class AdapterConfig(Section):
     scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = Field(
         default="alpha/rank", description="the scale at a site"
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        default=None, description="train the factors on the grid that `manylora compress` stores them on: int8, int4"
+    )
     from_: Path | None = Field(default=None, alias="from", description="an adapter folder to continue")
 
     def spec(self) -> AdapterSpec:

@@ -30,7 +30,8 @@ class AdapterSpec:
 
     `sites` and `exclude` hold module-name endings (`q_proj`, `self_attn.q_proj`), globs (`*.layers.[0-3].*`), regular
     expressions (`re:...`) and the groups `all-linear` and `everything`. `full_sites` are trained as whole copies.
-    `dropout` is a probability, applied to the input of the low-rank branch only.
+    `dropout` is a probability, applied to the input of the low-rank branch only. `quantize` (`int8`, `int4`) trains the
+    factors on the grid on which they are to be stored.
     """
 
     method: str = "lora"
@@ -39,6 +40,7 @@ class AdapterSpec:
     scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
     init: str = "default"
     dropout: float = 0.0
+    quantize: Literal["int8", "int4"] | None = None
     sites: tuple[str, ...] = ("all-linear",)
     exclude: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
@@ -60,6 +62,8 @@ class AdapterSpec:
                 raise SpecError(f"{where} is {alpha!r}", allowed="a finite number above 0", next_step="try 2 * rank")
         if not 0.0 <= self.dropout < 1.0:
             raise SpecError(f"dropout is {self.dropout!r}", allowed="at least 0 and below 1", next_step="try 0.05")
+        if self.quantize not in (None, "int8", "int4"):
+            raise SpecError(f"quantize is {self.quantize!r}", allowed="int8, int4, null")
         if self.scale_rule not in ("alpha/rank", "alpha/sqrt(rank)"):
             raise SpecError(f"scale_rule is {self.scale_rule!r}", allowed="alpha/rank, alpha/sqrt(rank)")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):

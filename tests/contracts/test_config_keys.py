@@ -42,6 +42,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapter.alpha_pattern": ({"q_proj": 2}, {}),
     "adapter.dropout": (0.5, {}),
     "adapter.init": ("gaussian", {}),
+    "adapter.quantize": ("int4", {}),
     "adapter.scale_rule": ("alpha/sqrt(rank)", {}),
     "adapter.from": ("{adapter}", {}),
     "train.learning_rate": (1e-3, {}),

@@ -18,6 +18,7 @@ from manylora.methods import METHODS
 from manylora.methods.inits import INITS
 from manylora.ops.dropout import mix, site_key
 from manylora.ops.low_rank import widened
+from manylora.ops.rounding import fake_quantised
 from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, SiteKind
 
@@ -54,6 +55,11 @@ class Adapter:
             needs a packed base. BaseNotFound: the init needs the weights before packing, and they are not at hand.
         """
         method = METHODS.get(spec.method)
+        if spec.quantize is not None and INITS.get(spec.init).anchored:
+            raise SpecError(
+                f"quantize is {spec.quantize!r}, and init {spec.init!r} keeps its start as anchors, on no grid",
+                next_step="choose init default or gaussian, or compress the adapter once it is trained",
+            )
         full = {site.name: site for site in _full_sites(base, spec)}
         if not spec.sites and full:
             picked: list[Site] = []
@@ -133,11 +139,13 @@ class Adapter:
         return cls(resolved, factors, base.name, base.fingerprint, kinds=kinds, task_type=task_type)
 
     def plain(self) -> Adapter:
-        """The same map without anchors, as ordinary factors of twice the rank; itself where it has none.
+        """The same map in ordinary factors: on their grid where they are used there, of twice the rank without anchors.
 
         Semantics: `B A - B0 A0 = [B - B0, B0] [A; A - A0]`, the scale kept. Other tools compute this without anchors;
         [B, -B0] [A; A0] would be the same map, and in few bits the difference of two large products.
         """
+        if self.spec.quantize is not None:
+            return self._on_grid()
         anchored = [name for name, own in self.factors.items() if own.anchors]
         if not anchored:
             return self
@@ -152,6 +160,15 @@ class Adapter:
             for name in anchored:
                 spec = spec.with_rank_at(name, 2 * spec.rank_at(name))
         return replace(self, spec=spec, factors=factors)
+
+    def _on_grid(self) -> Adapter:
+        """The factors as they were used: compressed by the same scheme, they lose nothing."""
+        factors = dict(self.factors)
+        for name in self.spec.sites:
+            own = factors[name].tensors
+            a, b = fake_quantised(own["a"], own["b"], self.spec.quantize)
+            factors[name] = Factors(factors[name].method, {"a": a, "b": b})
+        return replace(self, spec=replace(self.spec, quantize=None), factors=factors)
 
     def num_parameters(self) -> int:
         """Trained numbers."""

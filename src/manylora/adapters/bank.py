@@ -74,7 +74,7 @@ class Bank:
         self.max_rank = max_rank
         self.dtype = dtype
         self.route_now: Route | None = None
-        self.stacks: dict[tuple[str, str, int, bool], Stack] = {}
+        self.stacks: dict[tuple[str, str, int, bool, str | None], Stack] = {}
         self._adapters: dict[int, Adapter] = {}
         self._by_site: dict[str, list[Stack]] = {}
         self._plans: dict[tuple, list[tuple[Method, list[Use]]]] = {}
@@ -202,9 +202,10 @@ class Bank:
         shared = [name for name in spec.full_sites if name not in adapter.factors]
         tied = [name for name in shared if name in self.base.sites and self.base.sites[name].tied_to == site.name]
         names = [site.name, *tied] if method.replaces else [site.name]
-        key = ("+".join(names), method.name, shape_class, bool(factors.anchors))
+        rounding = None if method.replaces else spec.quantize
+        key = ("+".join(names), method.name, shape_class, bool(factors.anchors), rounding)
         if key not in self.stacks:
-            self.stacks[key] = Stack(site, method.name, shape_class)
+            self.stacks[key] = Stack(site, method.name, shape_class, rounding)
             for name in names:
                 self._by_site.setdefault(name, []).append(self.stacks[key])
         stack = self.stacks[key]

@@ -15,6 +15,7 @@ from manylora.errors import SpecError
 from manylora.methods.inits import INITS
 from manylora.methods.inits.init import Start
 from manylora.ops.low_rank import low_rank, widened
+from manylora.ops.rounding import fake_quantised
 from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, SiteKind, Use
 
@@ -57,6 +58,8 @@ class Lora:
         a, b = factors.tensors["a"], factors.tensors["b"]
         if factors.anchors:
             a, b = widened(a, b, factors.anchors["a"], factors.anchors["b"])
+        else:
+            a, b = fake_quantised(a, b, spec.quantize)
         change = spec.scale(site.name) * (b @ a)
         return {"weight": change.t() if site.kind in ("conv1d", "embedding") else change}
 
@@ -81,6 +84,8 @@ class Lora:
                 a, b = use.stack.tensors["a"][segment.place], use.stack.tensors["b"][segment.place]
                 if use.stack.anchors:
                     a, b = widened(a, b, use.stack.anchors["a"][segment.place], use.stack.anchors["b"][segment.place])
+                else:
+                    a, b = fake_quantised(a, b, use.stack.rounding)
                 found = functional.embedding(flat[segment.start : segment.stop], a.t())
                 update = use.stack.scales[segment.place] * (found @ b.t())
                 if scale_own is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from manylora.ops.dropout import dropout_mask
+from manylora.ops.rounding import fake_quantised
 from manylora.types import Segment, Site, Stack, Use
 
 
@@ -51,6 +52,7 @@ def reference(x: Tensor, site: Site, uses: Sequence[Use], base: Callable[[Tensor
     for use in uses:
         for segment in use.segments:
             a, b = use.stack.tensors["a"][segment.place], use.stack.tensors["b"][segment.place]
+            a, b = fake_quantised(a, b, use.stack.rounding)
             part, _ = dropped(flat[segment.start : segment.stop], segment, use.stack)
             update = use.stack.scales[segment.place] * (part @ a.to(x.dtype).t()) @ b.to(x.dtype).t()
             if use.stack.anchors:
@@ -193,10 +195,11 @@ def _of_a(back: Tensor, rank: int) -> Tensor:
 def _cast(held: Sequence[Tensor], stack: Stack, places: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """a (G, R, I) and s b (G, O, R) of the places in the compute dtype: the float32 masters are cast at each use.
 
-    With anchors both are 2R wide.
+    With anchors both are 2R wide. On a grid, the masters are rounded to it; nothing of them lies beyond its ends, so
+    the gradients of what is used here are those of the masters, straight through.
     """
     picked = held if places == list(range(held[0].shape[0])) else [tensor[places] for tensor in held]
-    a, b = widened(*picked) if len(picked) == 4 else picked
+    a, b = widened(*picked) if len(picked) == 4 else fake_quantised(picked[0], picked[1], stack.rounding)
     scales = torch.tensor([stack.scales[place] for place in places], dtype=b.dtype, device=b.device)
     return a.to(dtype), (b * scales[:, None, None]).to(dtype)
 
