@@ -63,8 +63,12 @@ class BaseMismatch(UserError, ValueError):
     """An adapter that was made for another base, tokenizer or chat template."""
 
 
-class MergeRefused(UserError, ValueError):
-    """A merge that would lose more of what was learned than is allowed; `report` holds the numbers."""
+class PackError(UserError, ValueError):
+    """A weight that cannot be stored in the format: its shape, its dtype, or a value that is not finite."""
+
+
+class _Measured(UserError, ValueError):
+    """A loss that was measured and is more than is allowed; `report` holds the numbers."""
 
     def __init__(
         self,
@@ -77,6 +81,14 @@ class MergeRefused(UserError, ValueError):
     ):
         super().__init__(what, nearest=nearest, allowed=allowed, next_step=next_step)
         self.report = report
+
+
+class MergeRefused(_Measured):
+    """A merge that would lose more of what was learned than is allowed; `report` holds the numbers."""
+
+
+class CompressRefused(_Measured):
+    """A compressed adapter that loses more than is allowed; `report` holds the numbers."""
 
 
 class RouteError(ManyloraError, RuntimeError):

@@ -15,13 +15,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manylora.errors import DiskFull
+from manylora.errors import DiskFull, OutputExists
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Pass a folder that is not there or is empty.
+
+    Raises:
+        OutputExists: names what it holds.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputExists(f"{folder} is a file", next_step="name another folder")
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held:
+        raise OutputExists(f"{folder} already holds {held[0]}", next_step="name another folder, or move that one away")
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -21,9 +21,8 @@ from manylora.adapters.compressing import SCHEMES, bits, spectrum, split
 from manylora.adapters.compressing.balance import balanced
 from manylora.adapters.compressing.file import COMPRESSED_FILE
 from manylora.adapters.compressing.reduce import Recipe, reduced
-from manylora.adapters.compressing.report import CompressRefused
 from manylora.adapters.compressing.scheme import Part
-from manylora.errors import AdapterBroken, BaseMismatch, ConfigError, OutputExists
+from manylora.errors import AdapterBroken, BaseMismatch, CompressRefused, ConfigError, OutputExists
 from manylora.ops.rounding import INT4, Grid, fake_quantised
 from manylora.spec import AdapterSpec
 from manylora.types import Factors

@@ -119,5 +119,5 @@ def test_an_occupied_output_is_told_before_anything_is_loaded(folder, tmp_path, 
     (tmp_path / "mine.txt").write_text("mine")
     assert app.run(["compress", str(folder), "--output", str(tmp_path)]) == 2
     streams = capsys.readouterr()
-    assert "already holds something" in streams.err
+    assert "already holds mine.txt" in streams.err
     assert "dtype" not in streams.err

@@ -14,15 +14,16 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.adapters.compressing import SCHEME_OF_BITS
 from manylora.adapters.compressing.file import COMPRESSED_FILE
-from manylora.adapters.compressing.folder import refuse_occupied, write_folder
+from manylora.adapters.compressing.folder import write_folder
 from manylora.adapters.compressing.reduce import Recipe, Reduced, reduced
-from manylora.adapters.compressing.report import CompressRefused, CompressReport, Trial, in_words, report_of
+from manylora.adapters.compressing.report import CompressReport, Trial, in_words, report_of
 from manylora.adapters.compressing.split import RHO
 from manylora.adapters.merge.measure import difference, probe_logits
 from manylora.adapters.merge.probes import Probes, make_probes
 from manylora.adapters.peft_config import TENSORS_FILE
 from manylora.adapters.receipt import check_receipt
-from manylora.errors import ConfigError, nearest_names
+from manylora.errors import CompressRefused, ConfigError, nearest_names
+from manylora.files import refuse_occupied
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.adapters.exporting import EXPORTS
-from manylora.adapters.merge.folder import refuse_occupied
 from manylora.errors import BaseNotFound
-from manylora.files import write_folder_atomic
+from manylora.files import refuse_occupied, write_folder_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from manylora.adapters.peft_config import CONFIG_FILE, PREFIX, TENSORS_FILE, config_of, master
 from manylora.adapters.reader import load_adapter
 from manylora.adapters.receipt import RECEIPT_FILE, check_base, make_receipt
-from manylora.errors import AdapterBroken, BaseMismatch, OutputExists, nearest_names
-from manylora.files import write_folder_atomic
+from manylora.errors import AdapterBroken, BaseMismatch, nearest_names
+from manylora.files import refuse_occupied, write_folder_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +49,7 @@ def save_adapter(adapter: Adapter, folder: Path, base: FrozenModel | None = None
     tensors = _tensors_of(adapter)
     copied = _complete(tensors, adapter, base) if base is not None else {}
     config = config_of(adapter)
-    _refuse_occupied(folder)
+    refuse_occupied(folder)
     with write_folder_atomic(folder) as new:
         save_file(tensors | copied, new / TENSORS_FILE, metadata={"format": "pt"})
         _write_json(new / CONFIG_FILE, config)
@@ -143,11 +143,3 @@ def _card(adapter: Adapter) -> str:
         "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, this_folder)\n```\n\n"
         "`receipt.json` says on which base, tokenizer and chat template the adapter was trained.\n"
     )
-
-
-def _refuse_occupied(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OutputExists(f"{folder} is a file", next_step="name another folder")
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if held:
-        raise OutputExists(f"{folder} already holds {held[0]}", next_step="name another folder, or move that one away")

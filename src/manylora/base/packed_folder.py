@@ -21,8 +21,8 @@ from manylora.base.load import base_name, check_quantize, find_base, load_dense,
 from manylora.base.packed import PackedLinear
 from manylora.base.quantise import Pack, PackReport, load_packing, packer
 from manylora.base.stored import METHOD, VERSION
-from manylora.errors import ConfigError, OutputExists
-from manylora.files import write_folder_atomic
+from manylora.errors import ConfigError
+from manylora.files import refuse_occupied, write_folder_atomic
 from manylora.types import Packed
 
 FILE_BYTES = 1 << 31
@@ -99,7 +99,7 @@ def quantise_folder(
         DiskFull: nothing is left behind.
     """
     output = Path(output)
-    _refuse_occupied(output)
+    refuse_occupied(output)
     folder = find_base(name)
     for path in weight_files(folder):
         read_header(path)
@@ -192,11 +192,3 @@ def _auto_class(folder: Path) -> str:
     """The transformers class whose names of tensors the folder gets."""
     named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
     return "AutoModelForMaskedLM" if str(named[0]).endswith("ForMaskedLM") else "AutoModelForCausalLM"
-
-
-def _refuse_occupied(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OutputExists(f"{folder} is a file", next_step="name another folder")
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if held:
-        raise OutputExists(f"{folder} already holds {held[0]}", next_step="name another folder, or move that one away")

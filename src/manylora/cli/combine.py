@@ -42,8 +42,8 @@ def combine(
     """Combine several adapters into one."""
     from manylora.adapters.adapter import Adapter
     from manylora.adapters.combine import combine as combine_adapters
-    from manylora.adapters.merge.folder import refuse_occupied
     from manylora.base.load import load_base
+    from manylora.files import refuse_occupied
 
     refuse_occupied(output)
     loaded = [Adapter.load(folder) for folder in adapters]

@@ -55,8 +55,8 @@ def compress(
 ) -> None:
     """Make an adapter smaller, and measure what is lost."""
     from manylora.adapters.compress import compress as compress_adapter
-    from manylora.adapters.compressing.folder import refuse_occupied
-    from manylora.adapters.compressing.report import CompressRefused
+    from manylora.errors import CompressRefused
+    from manylora.files import refuse_occupied
 
     if not logits and (max_kl is not None or data):
         raise ConfigError(

@@ -64,6 +64,7 @@ def look_of(place: Place, asked: Asked) -> Look:
     """
     from manylora.config import DataPlace
     from manylora.data.examples import Reading
+    from manylora.training.data import own_held_out
 
     if place.kind in ("config", "run"):
         look = _look_of_config(place, asked)
@@ -73,7 +74,7 @@ def look_of(place: Place, asked: Asked) -> Look:
             base=asked.base or BASE,
             base_is_default=asked.base is None,
             places=(at,),
-            held_out=() if asked.eval else _own_held_out(at),
+            held_out=() if asked.eval else own_held_out(at),
             reading=Reading(max_length=512),
             columns={},
         )
@@ -114,15 +115,6 @@ def _look_of_config(place: Place, asked: Asked) -> Look:
         rows_per_step=config.train.rows_per_step,
         skips=config.data.on_bad_row == "skip",
     )
-
-
-def _own_held_out(place: DataPlace) -> tuple[DataPlace, ...]:
-    from manylora.data.sources import splits_of
-
-    folder = Path(place.path)
-    if not folder.is_dir() or place.split not in (None, "train") or "valid" not in splits_of(folder):
-        return ()
-    return (place.model_copy(update={"split": "valid"}),)
 
 
 def parse_columns(text: str) -> dict[str, str]:

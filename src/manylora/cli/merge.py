@@ -49,9 +49,9 @@ def merge(
     """Merge an adapter into its base, and measure the error."""
     from manylora.adapters.adapter import Adapter
     from manylora.adapters.merge import merge as merge_into
-    from manylora.adapters.merge.folder import refuse_occupied
     from manylora.adapters.merge.storage import storage_of
     from manylora.base.load import load_base
+    from manylora.files import refuse_occupied
 
     storage_of(into)
     if output is not None:

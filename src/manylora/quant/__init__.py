@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from manylora.quant.checks import PackError
+from manylora.errors import PackError
 from manylora.quant.kernels import backend
 from manylora.table import Table
 from manylora.types import Packed, PackFormat

@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manylora.errors import BaseBroken, ConfigError, UnknownName, UserError, nearest_names
+from manylora.errors import BaseBroken, ConfigError, PackError, UnknownName, nearest_names
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2.0**126
 """The largest magnitude of the affine formats: the range of a group and its dense values stay finite in float32."""
-
-
-class PackError(UserError, ValueError):
-    """A weight that cannot be stored in the format: its shape, its dtype, or a value that is not finite."""
 
 
 def checked_weight(weight: Tensor, name: str) -> Tensor:

@@ -75,11 +75,14 @@ def held_out_places(config: Config) -> tuple[DataPlace, ...]:
     """Where the held-out rows are: as said, else the valid split of a folder that is trained on."""
     if config.data.eval or config.data.eval_fraction is not None:
         return config.data.eval
-    return tuple(
-        place.model_copy(update={"split": "valid", "weight": 1.0})
-        for place in config.data.train
-        if place.split in (None, "train") and Path(place.path).is_dir() and "valid" in splits_of(place.path)
-    )
+    return tuple(held for place in config.data.train for held in own_held_out(place))
+
+
+def own_held_out(place: DataPlace) -> tuple[DataPlace, ...]:
+    """The valid split of a folder whose train split is meant; nothing where it has none."""
+    if place.split not in (None, "train") or not Path(place.path).is_dir() or "valid" not in splits_of(place.path):
+        return ()
+    return (place.model_copy(update={"split": "valid", "weight": 1.0}),)
 
 
 def reading_of(config: Config, row_tokens: int) -> Reading:

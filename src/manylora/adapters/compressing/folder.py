@@ -17,8 +17,8 @@ from manylora.adapters.compressing.file import COMPRESSED_FILE, write_coded
 from manylora.adapters.compressing.reduce import Reduced
 from manylora.adapters.peft_config import CONFIG_FILE, PREFIX, TENSORS_FILE
 from manylora.adapters.receipt import RECEIPT_FILE
-from manylora.errors import AdapterBroken, OutputExists
-from manylora.files import file_digest, write_folder_atomic
+from manylora.errors import AdapterBroken
+from manylora.files import file_digest, refuse_occupied, write_folder_atomic
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
@@ -27,16 +27,6 @@ REPORT_FILE = "compress_report.json"
 _OWN = (REPORT_FILE, CONFIG_FILE, RECEIPT_FILE, "README.md")
 _BESIDE = (".json", ".jinja", ".txt", ".model", ".yaml")
 """Endings of what an adapter's folder holds beside tensors: tokenizer, chat template, configuration."""
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Pass a folder that is not there or is empty.
-
-    Raises:
-        OutputExists: names what it holds.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputExists(f"{folder} already holds something", next_step="name another folder, or move that one away")
 
 
 def write_folder(

@@ -9,15 +9,6 @@ from typing import Any
 
 from manylora.adapters.compressing.reduce import Recipe, Reduced, SiteLoss
 from manylora.adapters.merge.report import Difference
-from manylora.errors import UserError
-
-
-class CompressRefused(UserError, ValueError):
-    """A compressed adapter that loses more than is allowed; `report` holds the numbers."""
-
-    def __init__(self, what: str, *, allowed: str, next_step: str, report: CompressReport):
-        super().__init__(what, allowed=allowed, next_step=next_step)
-        self.report = report
 
 
 @dataclass(frozen=True, slots=True)

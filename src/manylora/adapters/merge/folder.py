@@ -19,7 +19,7 @@ from manylora.adapters.merge.storage import FLOATS, Storage
 from manylora.adapters.merge.weights import Weights
 from manylora.base.fingerprint import content_digest
 from manylora.base.packed_folder import quantise_folder
-from manylora.errors import ConfigError, OutputExists
+from manylora.errors import ConfigError
 from manylora.files import PARTIAL
 
 SHARD_BYTES = 2 << 30
@@ -28,19 +28,6 @@ SHARD_BYTES = 2 << 30
 REPORT_FILE = "merge_report.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 _OWN = ("config.json", "README.md", REPORT_FILE)
-
-
-def refuse_occupied(folder: Path) -> None:
-    """Pass a place where nothing lies.
-
-    Raises:
-        OutputExists: names what is there.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise OutputExists(f"{folder} is a file", next_step="name another folder")
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if held:
-        raise OutputExists(f"{folder} already holds {held[0]}", next_step="name another folder, or move that one away")
 
 
 def write_model(folder: Path, weights: Weights, storage: Storage) -> None:

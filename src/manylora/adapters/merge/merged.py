@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from manylora.adapters.bank import Bank
-from manylora.adapters.merge.folder import refuse_occupied, write_model, write_report
+from manylora.adapters.merge.folder import write_model, write_report
 from manylora.adapters.merge.measure import difference, logits_with, site_error, unmerged_logits
 from manylora.adapters.merge.opening import prove_opens
 from manylora.adapters.merge.probes import Probes, make_probes
@@ -30,7 +30,7 @@ from manylora.adapters.merge.storage import Storage, storage_of
 from manylora.adapters.merge.weights import Weights
 from manylora.adapters.receipt import check_receipt
 from manylora.errors import ConfigError, MergeRefused, SpecError, nearest_names
-from manylora.files import write_folder_atomic
+from manylora.files import refuse_occupied, write_folder_atomic
 from manylora.quant import PACKINGS
 from manylora.types import Site
 
