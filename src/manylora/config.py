@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -41,6 +42,9 @@ TABLES = MappingProxyType(
         "schedule": ("manylora.training.schedule", "SCHEDULES"),
         "optimizer": ("manylora.training.optim", "OPTIMIZERS"),
         "track": ("manylora.training.trackers", "TRACKERS"),
+        "search": ("manylora.sweep.searches", "SEARCHES"),
+        "stopping rule": ("manylora.sweep.stopping", "RULES"),
+        "engine": ("manylora.sweep.engines", "ENGINES"),
     }
 )
 
@@ -74,6 +78,21 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError("a finite number")
     return value
+
+
+def _number_or_auto(value: Any) -> Any:
+    return value if value == "auto" else _number(value)
+
+
+def _whole_or_auto(value: Any) -> Any:
+    return value if value == "auto" else _whole(value)
+
+
+def _fold(text: str) -> str:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]) or int(found[2]) < 2:
+        raise ValueError("PART/PARTS, such as 1/5: the first of five parts is held out")
+    return text
 
 
 def _device(name: str) -> str:
@@ -153,6 +172,12 @@ class DataConfig(Section):
     eval_fraction: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
         default=None, description="share of the training rows held out; rows that share a prompt stay together"
     )
+    fold: Annotated[str, AfterValidator(_fold)] | None = Field(
+        default=None, description="2/5: of five parts of the training rows the second is held out; instead of eval"
+    )
+    split_seed: Annotated[Whole, Field(ge=0)] | None = Field(
+        default=None, description="decides which rows eval_fraction and fold hold out; null: train.seed"
+    )
     format: Annotated[str, _in_table("format", besides=("auto",))] = Field(
         default="auto", description="how a row is read"
     )
@@ -171,9 +196,16 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_eval(self) -> Self:
-        if self.eval and self.eval_fraction is not None:
-            raise ConfigError("data.eval and data.eval_fraction are both given", allowed="one of them")
+        asked = {"eval": bool(self.eval), "eval_fraction": self.eval_fraction is not None, "fold": bool(self.fold)}
+        given = [f"data.{name}" for name, here in asked.items() if here]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given[:2])} are both given", allowed="one of them")
         return self
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the configuration says which rows are held out."""
+        return bool(self.eval or self.eval_fraction or self.fold)
 
 
 class AdapterConfig(Section):
@@ -226,7 +258,9 @@ class AdapterConfig(Section):
 class TrainConfig(Section):
     """`train`: the optimiser and its steps."""
 
-    learning_rate: Annotated[Number, Field(gt=0)] = Field(default=2e-4, description="peak learning rate")
+    learning_rate: Annotated[Literal["auto"] | Annotated[float, Field(gt=0)], BeforeValidator(_number_or_auto)] = Field(
+        default=2e-4, description="peak learning rate; auto: the field's rule for the base and method, with its reason"
+    )
     schedule: Annotated[str, _in_table("schedule")] = Field(default="cosine", description="course of the learning rate")
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(
         default=0.03, description="share of the steps spent warming up"
@@ -241,6 +275,12 @@ class TrainConfig(Section):
         default=3.0, description="passes over the training data; may be a fraction"
     )
     steps: Annotated[Whole, Field(ge=1)] | None = Field(default=None, description="optimiser steps; replaces epochs")
+    tokens: Annotated[Whole, Field(ge=1)] | None = Field(
+        default=None, description="trained tokens: as many steps as reach them; replaces epochs"
+    )
+    stop_after: Annotated[Whole, Field(ge=1)] | None = Field(
+        default=None, description="stop after so many steps of the schedule, which keeps its full length"
+    )
     row_tokens: Annotated[Whole, Field(ge=8)] = Field(
         default=512, description="tokens of a packed row, the longest sequence"
     )
@@ -266,6 +306,8 @@ class TrainConfig(Section):
                 f"train.accumulate is {self.accumulate} and train.rows_per_step is {self.rows_per_step}",
                 allowed="at most as many micro-batches as rows",
             )
+        if self.steps is not None and self.tokens is not None:
+            raise ConfigError("train.steps and train.tokens are both given", allowed="one of them")
         return self
 
 
@@ -275,12 +317,23 @@ class EvaluateConfig(Section):
     every_steps: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="steps between evaluations; null: each epoch"
     )
+    at_tokens: Annotated[tuple[Annotated[Whole, Field(ge=1)], ...], BeforeValidator(_or_none)] = Field(
+        default=(), description="evaluate also once so many tokens are trained; rising"
+    )
     max_new_tokens: Annotated[Whole, Field(ge=1)] = Field(default=128, description="length limit of a generated answer")
     temperature: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="sampling temperature; 0: greedy")
     samples: Annotated[Whole, Field(ge=0)] = Field(default=5, description="answers shown before and after")
     max_examples: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="evaluate at most so many examples"
     )
+
+
+    @field_validator("at_tokens")
+    @classmethod
+    def _rising(cls, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        if list(tokens) != sorted(set(tokens)):
+            raise ValueError("counts of tokens that rise")
+        return tokens
 
 
 class CheckpointConfig(Section):
@@ -294,6 +347,56 @@ class CheckpointConfig(Section):
     early_stop_patience: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="stop after so many evaluations without a better loss"
     )
+
+
+class StopConfig(Section):
+    """`sweep.stop`: which trials are not trained to their end; in a file just the rule, or a mapping that says more."""
+
+    rule: Annotated[str, _in_table("stopping rule")] = Field(
+        default="none", description="none, median, successive-halving, asha"
+    )
+    reduction: Annotated[Whole, Field(ge=2)] = Field(
+        default=3, description="of so many trials at a level one goes on (successive-halving, asha)"
+    )
+    first_share: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="share of a trial's tokens at which it is first judged; null: the rule's own"
+    )
+    min_reports: Annotated[Whole, Field(ge=1)] = Field(
+        default=4, description="others that must have been judged at a level before one is stopped there (median)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _just_a_rule(cls, value: Any) -> Any:
+        return {"rule": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _short(self, inner: SerializerFunctionWrapHandler) -> Any:
+        values = inner(self)
+        return self.rule if self == StopConfig(rule=self.rule) else values
+
+
+class SweepConfig(Section):
+    """`sweep`: a search over keys of the configuration, all of its members trained over one base."""
+
+    space: dict[str, Any] = Field(
+        min_length=1, description="what varies: {train.learning_rate: {low: 1e-5, high: 1e-2, log: true}, adapter.rank: [4, 16]}"
+    )
+    search: Annotated[str, _in_table("search")] = Field(default="random", description="grid, random, tpe")
+    trials: Annotated[Whole, Field(ge=1)] | None = Field(
+        default=None, description="configurations that are tried; null: the whole grid, else 16"
+    )
+    stop: StopConfig = Field(default_factory=StopConfig, description="none, median, successive-halving, asha, or a mapping")
+    concurrent: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_whole_or_auto)] = Field(
+        default="auto", description="members that train at once; auto: as many as memory holds"
+    )
+    repeats: Annotated[Whole, Field(ge=1)] = Field(default=1, description="seeds of each configuration")
+    folds: Annotated[Whole, Field(ge=2)] | None = Field(
+        default=None, description="parts of the training rows, each held out once; instead of data.eval"
+    )
+    seed: Annotated[Whole, Field(ge=0)] = Field(default=0, description="decides what the search proposes")
+    engine: Annotated[str, _in_table("engine")] = Field(default="local", description="local, or ray: several machines")
+    workers: Annotated[Whole, Field(ge=1)] = Field(default=2, description="processes of the ray engine, each with a base")
 
 
 class Config(Section):
@@ -323,11 +426,11 @@ class Config(Section):
         description="where curves go besides events.jsonl: tensorboard, wandb, mlflow, trackio",
     )
     output: Path = Field(description="the run's folder; never reused silently")
+    sweep: SweepConfig | None = Field(default=None, description="a search over keys; manylora sweep runs it")
 
     @model_validator(mode="after")
     def _early_stop_can_judge(self) -> Self:
-        held_out = self.data.eval or self.data.eval_fraction
-        if self.checkpoint.early_stop_patience is not None and not held_out:
+        if self.checkpoint.early_stop_patience is not None and not self.data.held_out:
             raise ConfigError(
                 "checkpoint.early_stop_patience is given and there is no held-out data",
                 next_step="give data.eval or data.eval_fraction",
@@ -352,7 +455,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     where, values = _read(source)
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(config_text.parse_override, overrides)
     for key, value in pairs:
-        values = _laid_over(values, key.split("."), _with_full_paths(key, value, Path.cwd()), key)
+        names = ["sweep", "space", key.removeprefix(_SPACE)] if key.startswith(_SPACE) else key.split(".")
+        values = _laid_over(values, names, _with_full_paths(key, value, Path.cwd()), key)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -373,8 +477,9 @@ def describe_keys() -> list[tuple[str, str, str]]:
 def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
     for name, field in section.model_fields.items():
         key = prefix + (field.alias or name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _describe(field.annotation, key + ".")
+        held = get_args(field.annotation) if type(None) in get_args(field.annotation) else (field.annotation,)
+        if isinstance(held[0], type) and issubclass(held[0], Section):
+            yield from _describe(held[0], key + ".")
         elif field.is_required():
             yield key, "required", field.description or ""
         else:
@@ -384,12 +489,16 @@ def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str,
 
 # Places of data, which may also be named by a prefix.
 _DATA_KEYS = frozenset({"data.train", "data.eval", "data.train.path", "data.eval.path"})
+# What a sweep varies: its keys have dots of their own, and each of its choices is a value of that key.
+_SPACE = "sweep.space."
 # Values that are paths, and so are read relative to the place where they are written.
 _PATH_KEYS = frozenset({"base", "output", "data.chat_template", "adapter.from"} | _DATA_KEYS)
 
 
 def _with_full_paths(key: str, value: Any, folder: Path) -> Any:
     """The value at a key with the paths in it made absolute; anything else is left to the checks."""
+    if key.startswith(_SPACE) and isinstance(value, list | tuple):
+        return [_with_full_paths(key.removeprefix(_SPACE), choice, folder) for choice in value]
     if isinstance(value, Mapping):
         prefix = f"{key}." if key else ""
         return {name: _with_full_paths(f"{prefix}{name}", part, folder) for name, part in value.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from manylora.training.loop import Loop, LoopSettings
 from manylora.training.member import Member, Recipe
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import SlotUpdate, gradient_norms
+from manylora.training.source import Given
 
 RECIPE = Recipe(learning_rate=1e-2, schedule="cosine", total_steps=6, warmup=2, rows_per_step=4, weight_decay=0.1)
 
@@ -47,24 +49,59 @@ class Memory:
         return [e["loss"] for e in self.events if e["event"] == "step" and e["member"] == member]
 
 
-def member(name: str, slot: int, examples: list, *, spec: AdapterSpec, seed: int = 0, held_out=(), **changes) -> Member:
+def member(name: str, examples: list, *, spec: AdapterSpec, seed: int = 0, held_out=(), **changes) -> Member:
     recipe = replace(RECIPE, **changes)
     epochs = Epochs(examples, row_tokens=32, seed=seed, packs=True)
-    return Member(name=name, slot=slot, seed=seed, spec=spec, recipe=recipe, epochs=epochs, eval_examples=held_out)
+    objective = OBJECTIVES.get("causal-lm")
+    return Member(
+        name=name, seed=seed, spec=spec, recipe=recipe, epochs=epochs, objective=objective, eval_examples=held_out
+    )
 
 
-def loop_of(
-    base, members: list[Member], dtype: torch.dtype, checkpoints: Checkpoints | None = None, every=None
-) -> Loop:
-    bank = Bank(base, num_slots=max(m.slot for m in members) + 1, dtype=dtype)
-    for each in members:
-        bank.put(Adapter.new(base, each.spec, seed=each.seed), slot=each.slot)
-    settings = LoopSettings(checkpoint_every=every)
-    return Loop(base, OBJECTIVES.get("causal-lm"), members, Memory(), checkpoints, settings)
+class Running:
+    """A loop over members that are given, on a bank of their number of slots; keeps what each ends with."""
+
+    def __init__(self, base, members: list[Member], dtype: torch.dtype, *, spoil=None, **more) -> None:
+        by_name = {m.name: m for m in members}
+        bank = Bank(base, num_slots=more.pop("num_slots", len(members)), dtype=dtype)
+        self.adapters: dict[str, Adapter] = {}
+
+        def make(name: str) -> tuple[Member, Adapter]:
+            adapter = Adapter.new(base, by_name[name].spec, seed=by_name[name].seed)
+            return by_name[name], adapter if spoil is None else spoil(name, adapter)
+
+        self.recorder = Memory()
+        self.members = members
+        source = more.pop("source", None) or Given(list(by_name))
+        settings = LoopSettings(**{"checkpoint_every": None, **more.pop("settings", {})})
+        self.loop = Loop(base, source, make, self.recorder, settings=settings, hand=self._hand, **more)
+        self.bank = bank
+
+    def _hand(self, member: Member, adapter: Adapter) -> None:
+        assert member.name not in self.adapters
+        self.adapters[member.name] = adapter
+
+    def run(self, *args) -> Running:
+        self.loop.run(*args)
+        return self
+
+    def final(self, name: str) -> dict[str, torch.Tensor]:
+        return checkpoint_module.flatten(self.adapters[name].factors)
 
 
-def final(loop: Loop, slot: int) -> dict[str, torch.Tensor]:
-    return checkpoint_module.flatten(loop.bank.get(slot).factors)
+def spoilt(which: str, value: float):
+    """Adapters as they are, but for one whose every factor is `value`."""
+
+    def spoil(name: str, adapter: Adapter) -> Adapter:
+        if name != which:
+            return adapter
+        filled = {
+            site: replace(own, tensors={key: torch.full_like(t, value) for key, t in own.tensors.items()})
+            for site, own in adapter.factors.items()
+        }
+        return replace(adapter, factors=filled)
+
+    return spoil
 
 
 SPEC = AdapterSpec(rank=4, dropout=0.1, sites=("all-linear",))
@@ -75,22 +112,20 @@ def test_accumulating_micro_batches_equals_one_big_batch(accumulate, make_base, 
     examples = make_examples(30)
     found = []
     for parts in (1, accumulate):
-        loop = loop_of(
-            make_base(dtype=torch.float64), [member("m", 0, examples, spec=SPEC, accumulate=parts)], torch.float64
-        )
-        loop.run()
-        found.append((final(loop, 0), loop.recorder.losses("m")))
+        own = member("m", examples, spec=SPEC, accumulate=parts)
+        run = Running(make_base(dtype=torch.float64), [own], torch.float64).run()
+        found.append((run.final("m"), run.recorder.losses("m")))
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
     for name, value in found[0][0].items():
         torch.testing.assert_close(value, found[1][0][name], rtol=1e-9, atol=1e-12)
 
 
 def test_within_two_steps_every_factor_gets_a_gradient(make_base, make_examples) -> None:
-    loop = loop_of(make_base(), [member("m", 0, make_examples(30), spec=SPEC, total_steps=2)], torch.float32)
-    before = final(loop, 0)
-    loop.run()
-    assert not loop.recorder.notes
-    for name, value in final(loop, 0).items():
+    base = make_base()
+    run = Running(base, [member("m", make_examples(30), spec=SPEC, total_steps=2)], torch.float32).run()
+    assert not run.recorder.notes
+    before = checkpoint_module.flatten(Adapter.new(base, SPEC, seed=0).factors)
+    for name, value in run.final("m").items():
         assert not torch.equal(value, before[name]), name
 
 
@@ -100,9 +135,8 @@ def test_sites_that_no_gradient_reaches_are_named(make_base, make_examples) -> N
     from manylora.base.language import LanguageBase
 
     base = LanguageBase(base.model)
-    loop = loop_of(base, [member("m", 0, make_examples(30), spec=SPEC, total_steps=3)], torch.float32)
-    loop.run()
-    assert any("1 of 15 sites got no gradient in two steps: unused" in note for note in loop.recorder.notes)
+    run = Running(base, [member("m", make_examples(30), spec=SPEC, total_steps=3)], torch.float32).run()
+    assert any("1 of 15 sites got no gradient in two steps: unused" in note for note in run.recorder.notes)
 
 
 FLEET = (
@@ -116,66 +150,43 @@ FLEET = (
 )
 
 
-def fleet(make_examples, order=(0, 1, 2)) -> list[Member]:
+def fleet(make_examples, order=(0, 1, 2), **changes) -> list[Member]:
     return [
-        member(f"m{which}", slot, make_examples(20 + 7 * which, seed=which), **FLEET[which])
-        for slot, which in enumerate(order)
+        member(f"m{which}", make_examples(20 + 7 * which, seed=which), **{**FLEET[which], **changes}) for which in order
     ]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_a_member_in_a_fleet_equals_the_member_alone(dtype, tolerance, order, make_base, make_examples) -> None:
-    together = loop_of(make_base(dtype=dtype), fleet(make_examples, order), dtype)
-    together.run()
+    together = Running(make_base(dtype=dtype), fleet(make_examples, order), dtype).run()
     for which in range(3):
-        lone = fleet(make_examples)[which]
-        lone.slot = 0
-        alone = loop_of(make_base(dtype=dtype), [lone], dtype)
-        alone.run()
+        alone = Running(make_base(dtype=dtype), [fleet(make_examples)[which]], dtype).run()
         assert together.recorder.losses(f"m{which}") == pytest.approx(alone.recorder.losses(f"m{which}"), rel=tolerance)
-        slot = order.index(which)
-        for name, value in final(alone, 0).items():
-            got = final(together, slot)[name]
+        for name, value in alone.final(f"m{which}").items():
+            got = together.final(f"m{which}")[name]
             assert (got - value).norm() <= tolerance * (1 + value.norm()), name
 
 
 def test_a_nan_retires_one_member_only(make_base, make_examples) -> None:
     members = fleet(make_examples)
-    loop = loop_of(make_base(dtype=torch.float64), members, torch.float64)
-    with torch.no_grad():
-        for stack, place in loop.bank.places(1):
-            for tensor in stack.tensors.values():
-                tensor[place] = float("nan")
-    loop.run()
+    base = make_base(dtype=torch.float64)
+    run = Running(base, members, torch.float64, spoil=spoilt("m1", float("nan"))).run()
     assert [m.state for m in members] == ["done", "retired", "done"]
     assert "nan" in members[1].reason
-    alone = loop_of(make_base(dtype=torch.float64), [fleet(make_examples)[0]], torch.float64)
-    alone.run()
-    assert loop.recorder.losses("m0") == pytest.approx(alone.recorder.losses("m0"), rel=1e-9)
+    alone = Running(make_base(dtype=torch.float64), [fleet(make_examples)[0]], torch.float64).run()
+    assert run.recorder.losses("m0") == pytest.approx(alone.recorder.losses("m0"), rel=1e-9)
 
 
 def test_a_run_whose_only_member_goes_nan_is_an_error(make_base, make_examples) -> None:
-    loop = loop_of(make_base(), [member("m", 0, make_examples(20), spec=SPEC)], torch.float32)
-    with torch.no_grad():
-        next(iter(loop.bank.stacks.values())).tensors["b"].fill_(float("inf"))
+    own = member("m", make_examples(20), spec=SPEC)
+    run = Running(make_base(), [own], torch.float32, spoil=spoilt("m", float("inf")))
     with pytest.raises(NonFiniteLoss, match="m: loss"):
-        loop.run()
+        run.run()
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("stop", [1, 3, 5])
-def test_a_run_that_is_killed_resumes_to_the_same_bytes(optimizer, stop, tmp_path, make_base, make_examples) -> None:
-    held_out = make_examples(5, seed=9)
-
-    def fresh(folder: Path) -> Loop:
-        own = member("m", 0, make_examples(30), spec=SPEC, optimizer=optimizer, held_out=held_out, evaluate_every=2)
-        return loop_of(make_base(), [own], torch.float32, Checkpoints(folder, keep=2), every=1)
-
-    whole = fresh(tmp_path / "whole")
-    whole.run()
-
-    killed = fresh(tmp_path / "killed")
+def killed_after(stop: int, run: Running) -> None:
+    """Run until `stop` ticks are done and saved, and die in the next as a process that is killed."""
     calls = []
 
     def kill() -> bool:
@@ -184,25 +195,37 @@ def test_a_run_that_is_killed_resumes_to_the_same_bytes(optimizer, stop, tmp_pat
             raise SystemExit  # as a kill between two checkpoints: nothing is saved on the way out
         return False
 
-    killed.save, save = (lambda: save() if len(calls) < stop else None), killed.save
+    run.loop.save, save = (lambda: save() if len(calls) < stop else None), run.loop.save
     with pytest.raises(SystemExit):
-        killed.run(kill)
+        run.run(kill)
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_run_that_is_killed_resumes_to_the_same_bytes(optimizer, stop, tmp_path, make_base, make_examples) -> None:
+    held_out = make_examples(5, seed=9)
+
+    def fresh(folder: Path) -> Running:
+        own = member("m", make_examples(30), spec=SPEC, optimizer=optimizer, held_out=held_out, evaluate_every=2)
+        checkpoints, settings = Checkpoints(folder, keep=2), {"checkpoint_every": 1}
+        return Running(make_base(), [own], torch.float32, checkpoints=checkpoints, settings=settings)
+
+    whole = fresh(tmp_path / "whole").run()
+    killed_after(stop, fresh(tmp_path / "killed"))
     resumed = fresh(tmp_path / "killed")
-    assert resumed.resume() == stop
+    assert resumed.loop.resume() == stop
     resumed.run()
-    for name, value in final(whole, 0).items():
-        assert torch.equal(value, final(resumed, 0)[name]), name
+    for name, value in whole.final("m").items():
+        assert torch.equal(value, resumed.final("m")[name]), name
     assert whole.members[0].progress() == resumed.members[0].progress()
-    for name, value in checkpoint_module.flatten(whole.best["m"]).items():
-        assert torch.equal(value, checkpoint_module.flatten(resumed.best["m"])[name])
 
 
 def test_an_interrupted_run_writes_a_checkpoint_first(tmp_path, make_base, make_examples) -> None:
-    own = member("m", 0, make_examples(30), spec=SPEC)
-    loop = loop_of(make_base(), [own], torch.float32, Checkpoints(tmp_path, keep=2))
+    own = member("m", make_examples(30), spec=SPEC)
+    run = Running(make_base(), [own], torch.float32, checkpoints=Checkpoints(tmp_path, keep=2))
     with pytest.raises(KeyboardInterrupt):
-        loop.run(lambda: own.step == 3)
-    assert loop.checkpoints.steps() == [3]
+        run.run(lambda: own.step == 3)
+    assert Checkpoints(tmp_path, keep=2).steps() == [3]
 
 
 @pytest.mark.parametrize(
@@ -213,15 +236,18 @@ def test_out_of_memory_names_what_to_change(error, make_base, make_examples, mon
         raise error
 
     monkeypatch.setattr(step_module, "backward", out_of_memory)
-    loop = loop_of(make_base(), [member("m", 0, make_examples(30), spec=SPEC)], torch.float32)
+    run = Running(make_base(), [member("m", make_examples(30), spec=SPEC)], torch.float32)
     with pytest.raises(OutOfMemory, match=r"4 rows in 1 micro-batches") as caught:
-        loop.run()
+        run.run()
     assert "train.accumulate" in (caught.value.next_step or "")
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, make_base, make_examples, monkeypatch) -> None:
-    own = member("m", 0, make_examples(30), spec=SPEC)
-    loop = loop_of(make_base(), [own], torch.float32, Checkpoints(tmp_path, keep=1), every=1)
+    def fresh(own: Member) -> Running:
+        checkpoints, settings = Checkpoints(tmp_path, keep=1), {"checkpoint_every": 1}
+        return Running(make_base(), [own], torch.float32, checkpoints=checkpoints, settings=settings)
+
+    own = member("m", make_examples(30), spec=SPEC)
     real = checkpoint_module.save_file
 
     def full(tensors, path) -> None:
@@ -231,37 +257,42 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, make_base, make_ex
 
     monkeypatch.setattr(checkpoint_module, "save_file", full)
     with pytest.raises(DiskFull):
-        loop.run()
-    assert loop.checkpoints.steps() == [2]
-    again = loop_of(make_base(), [member("m", 0, make_examples(30), spec=SPEC)], torch.float32, loop.checkpoints)
-    assert again.resume() == 2
+        fresh(own).run()
+    assert Checkpoints(tmp_path, keep=1).steps() == [2]
+    assert fresh(member("m", make_examples(30), spec=SPEC)).loop.resume() == 2
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, make_base, make_examples) -> None:
-    loop = loop_of(make_base(), [member("m", 0, make_examples(30), spec=SPEC)], torch.float32, Checkpoints(tmp_path, 2))
-    loop.run()
-    path = tmp_path / "step-6" / "m.safetensors"
+    def fresh() -> Running:
+        own = member("m", make_examples(30), spec=SPEC)
+        checkpoints, settings = Checkpoints(tmp_path, 2), {"checkpoint_every": 4}
+        return Running(make_base(), [own], torch.float32, checkpoints=checkpoints, settings=settings)
+
+    fresh().run()
+    shutil.rmtree(tmp_path / "step-6")
+    path = tmp_path / "step-4" / "m.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    again = loop_of(make_base(), [member("m", 0, make_examples(30), spec=SPEC)], torch.float32, loop.checkpoints)
-    with pytest.raises(CheckpointBroken, match="step-6"):
-        again.resume()
+    with pytest.raises(CheckpointBroken, match="step-4"):
+        fresh().loop.resume()
+    (tmp_path / "step-4" / "state.json").write_text("{")
+    with pytest.raises(CheckpointBroken, match="step-4"):
+        fresh().loop.resume()
 
 
 def test_early_stop_and_the_best_state(make_base, make_examples) -> None:
     changes = {"learning_rate": 0.5, "total_steps": 40, "schedule": "constant", "evaluate_every": 1, "patience": 3}
     spec, held_out = replace(SPEC, dropout=0.0), make_examples(6, seed=5)
-    own = member("m", 0, make_examples(8), spec=spec, held_out=held_out, **changes)
-    loop = loop_of(make_base(), [own], torch.float32)
-    loop.run()
+    own = member("m", make_examples(8), spec=spec, held_out=held_out, **changes)
+    run = Running(make_base(), [own], torch.float32).run()
     assert own.state == "stopped"
     assert own.step == own.best_step + 3
-    evals = [e["loss"] for e in loop.recorder.events if e["event"] == "eval"]
+    evals = [e["loss"] for e in run.recorder.events if e["event"] == "eval"]
     assert own.best_loss == min(evals)
-    loop.bank.put(replace(loop.bank.get(0), factors=loop.best["m"]), slot=0)
+    run.bank.put(run.adapters["m"], slot=0)
     from manylora.evaluation.evaluate import evaluate_loss
 
     again = evaluate_loss(
-        loop.base, own.eval_examples, slot=0, row_tokens=32, rows_per_batch=4, objective=loop.objective
+        run.loop.base, own.eval_examples, slot=0, row_tokens=32, rows_per_batch=4, objective=own.objective
     )
     assert again["loss"] == pytest.approx(own.best_loss)
 
@@ -311,30 +342,34 @@ def test_adamw_decays_before_the_step_by_the_rate() -> None:
 def test_padding_stays_zero_under_every_optimizer(make_base, make_examples) -> None:
     for name in OPTIMIZERS:
         spec = AdapterSpec(rank=5, dropout=0.1)
-        loop = loop_of(make_base(), [member("m", 0, make_examples(20), spec=spec, optimizer=name)], torch.float32)
-        loop.run()
-        for stack in loop.bank.stacks.values():
+        run = Running(make_base(), [member("m", make_examples(20), spec=spec, optimizer=name)], torch.float32).run()
+        for stack in run.bank.stacks.values():
             assert stack.shape_class == 8
             assert not stack.tensors["a"][0, 5:].any()
             assert not stack.tensors["b"][0, :, 5:].any()
 
 
 def test_slots_that_are_not_stepped_keep_their_bytes(make_base, make_examples) -> None:
-    members = fleet(make_examples)
-    members[1].state = "done"
-    loop = loop_of(make_base(), members, torch.float32)
-    before = final(loop, 1)
-    loop.run()
-    for name, value in final(loop, 1).items():
-        assert torch.equal(value, before[name])
+    base, members = make_base(), fleet(make_examples, total_steps=1)
+    members[0].recipe = replace(members[0].recipe, total_steps=6)
+    run = Running(base, members, torch.float32)
+    seen = []
+
+    def look() -> bool:
+        seen.append(checkpoint_module.flatten(run.bank.get(1).factors))
+        return False
+
+    run.run(look)
+    assert len(seen) == 6
+    for name, value in seen[0].items():
+        assert torch.equal(value, seen[-1][name])
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_a_slot_that_is_reset_forgets_its_state_and_no_others(optimizer, make_base, make_examples) -> None:
-    members = [member(f"m{slot}", slot, make_examples(20), spec=SPEC, optimizer=optimizer) for slot in range(2)]
-    loop = loop_of(make_base(), members, torch.float32)
-    loop.run()
-    own = loop.optimizers[optimizer]
+    members = [member(f"m{slot}", make_examples(20), spec=SPEC, optimizer=optimizer) for slot in range(2)]
+    run = Running(make_base(), members, torch.float32).run()
+    own = run.loop.optimizers[optimizer]
     before = own.slot_state(1)
     own.reset(0)
     assert not any(tensor.any() for tensor in own.slot_state(0).values())

@@ -11,9 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.training.charts import Curve, line_chart, round_ticks, running_mean, short_number, thin
+from manylora.training.charts import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    Curve,
+    Frame,
+    axes,
+    line_chart,
+    round_ticks,
+    running_mean,
+    short_number,
+    thin,
+)
 from manylora.training.events import EventLog
-from manylora.training.report import write_report
+from manylora.training.report import Overview, read_run, write_page, write_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -254,3 +267,39 @@ def test_the_running_mean_of_a_constant_is_that_constant_from_the_first_point():
 )
 def test_numbers_on_axes_are_short(value, text):
     assert short_number(value) == text
+
+
+def test_an_overview_takes_the_place_of_state_numbers_and_curves_and_adds_its_style(tmp_path):
+    run = make_run(tmp_path, ("a", "b"))
+    with EventLog(run) as log:
+        log.write("retired", member="a", step=4, reason="loss nan")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["eval"] = {"a": {"loss": 1.5}, "b": {"loss": 2.0}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    overview = Overview(
+        kind="sweep", state="2 of 3", facts=[("Best", "1.5", "")], html=["<p>board</p>"], style=".x{}", member="b"
+    )
+    path = write_page(read_run(run), overview)
+    page = Page(path)
+    for text in ("manylora sweep", "2 of 3", "Best", "board", "Results of b", "-3 (-60%)"):
+        assert text in page.text, text
+    for text in ("was retired", "finished", "3m 05s", "Training loss", "1.5 (", "a: Loss"):
+        assert text not in page.text, text
+    assert path.read_text(encoding="utf-8").count(".x{}") == 1
+    assert page.text.index("board") < page.text.index("Results of b")
+
+
+def test_the_count_of_ticks_is_no_metric(tmp_path):
+    run = make_run(tmp_path)
+    with EventLog(run) as log:
+        log.write("eval", member="default", step=6, loss=1.0, tick=6)
+    assert "Tick" not in Page(write_report(run)).text
+
+
+def test_a_frame_of_another_size_keeps_the_same_margins():
+    frame = Frame(10.0, [0.0, 1.0], 800, 500)
+    assert (frame.x(0), frame.x(10)) == (LEFT, 800 - RIGHT)
+    assert (frame.y(1), frame.y(0)) == (TOP, 500 - BOTTOM)
+    drawn = ElementTree.fromstring(f"<svg>{axes(frame)}</svg>")
+    places = [float(text.attrib["x"]) for text in drawn.iter("text")]
+    assert max(places) > 700

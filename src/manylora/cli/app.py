@@ -21,6 +21,7 @@ VERBS: Table[Callable[..., None]] = Table(
     {
         "demo": "manylora.cli.demo:demo",
         "train": "manylora.cli.train:train",
+        "sweep": "manylora.cli.sweep:sweep",
         "evaluate": "manylora.cli.evaluate:evaluate",
         "generate": "manylora.cli.generate:generate",
         "chat": "manylora.cli.chat:chat",

@@ -48,6 +48,16 @@ class Plan(Sequence[tuple[int, ...]]):
         made._items = items[np.repeat(firsts[:-1][order], sizes[order]) + inside]
         return made
 
+    @property
+    def items(self) -> NDArray[np.int64]:
+        """The indices of all rows, one row after the other."""
+        return self._items
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """(rows,) where each row begins in `items`."""
+        return self._starts[:-1]
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 
@@ -108,6 +118,11 @@ class Epochs:
         if epoch not in self._counts:
             self.rows(epoch)
         return self._counts[epoch]
+
+    def trained(self, epoch: int) -> NDArray[np.int64]:
+        """(rows,) how many targets each row of an epoch holds."""
+        plan = self.rows(epoch)
+        return np.add.reduceat(num_trained_of(self.examples)[plan.items], plan.starts)
 
     def total_rows(self, epochs: float) -> int:
         """How many rows the first `epochs` epochs have; of a part of an epoch, that part, rounded up."""

@@ -45,6 +45,34 @@ def split_by_group(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def fold_by_group(
+    examples: Sequence[Example], part: int, parts: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(train, eval) as places of examples: of `parts` parts of about one size, in whole groups, part `part` is eval.
+
+    Over all parts each example is in eval exactly once. Groups are as in `split_by_group`.
+
+    Raises:
+        DataError: fewer groups than parts.
+    """
+    draws = [_draw(group, seed) for group in column_of(examples, "group")]
+    sizes: dict[bytes, int] = {}
+    for draw in draws:
+        sizes[draw] = sizes.get(draw, 0) + 1
+    if len(sizes) < parts:
+        raise DataError(
+            f"{len(examples)} examples share {len(sizes)} prompts, too few for {parts} folds",
+            next_step="ask for fewer folds, or hold out a file of its own: data.eval",
+        )
+    held = [0] * parts
+    fold_of: dict[bytes, int] = {}
+    for draw in sorted(sizes):  # into the emptiest: parts of one size, whatever the sizes of the groups
+        fold_of[draw] = held.index(min(held))
+        held[fold_of[draw]] += sizes[draw]
+    held_out = np.fromiter((fold_of[draw] == part for draw in draws), dtype=np.bool_, count=len(draws))
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
 def _held_out(sizes: dict[bytes, int], wanted: float) -> set[bytes]:
     """Groups in drawn order until `wanted` examples are reached as nearly as they allow; never none, never all."""
     drawn = sorted(sizes)

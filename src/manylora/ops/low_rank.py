@@ -12,28 +12,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from manylora.ops.dropout import dropout_mask
+from manylora.ops.groups import Block, blocks
 from manylora.ops.rounding import fake_quantised
 from manylora.types import Segment, Site, Stack, Use
 
 
-def dropped(x: Tensor, segment: Segment, stack: Stack) -> tuple[Tensor, Tensor | None]:
-    """A segment's input (n, I) after dropout, and the mask by which it was multiplied (None: dropout is off)."""
+def segment_mask(segment: Segment, stack: Stack, like: Tensor) -> Tensor | None:
+    """What dropout multiplies a segment's input by, (n, I) as `like` (..., I); None where dropout is off."""
     probability = stack.dropouts[segment.place]
     if probability == 0.0 or segment.parts[0][2] is None:
-        return x, None
+        return None
     masks = [
-        dropout_mask(stream, stack.site.name, (stop - start, x.shape[-1]), probability, x)
+        dropout_mask(stream, stack.site.name, (stop - start, like.shape[-1]), probability, like)
         for start, stop, stream in segment.parts
         if stream is not None
     ]
-    mask = masks[0] if len(masks) == 1 else torch.cat(masks)
-    return x * mask, mask
+    return masks[0] if len(masks) == 1 else torch.cat(masks)
 
 
 def widened(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +55,9 @@ def reference(x: Tensor, site: Site, uses: Sequence[Use], base: Callable[[Tensor
         for segment in use.segments:
             a, b = use.stack.tensors["a"][segment.place], use.stack.tensors["b"][segment.place]
             a, b = fake_quantised(a, b, use.stack.rounding)
-            part, _ = dropped(flat[segment.start : segment.stop], segment, use.stack)
+            part = flat[segment.start : segment.stop]
+            mask = segment_mask(segment, use.stack, part)
+            part = part if mask is None else part * mask
             update = use.stack.scales[segment.place] * (part @ a.to(x.dtype).t()) @ b.to(x.dtype).t()
             if use.stack.anchors:
                 a0, b0 = use.stack.anchors["a"][segment.place], use.stack.anchors["b"][segment.place]
@@ -74,23 +78,8 @@ class _Call:
     extra: tuple[tuple, dict]
 
 
-def _equal_groups(use: Use, items: int) -> tuple[list[int], int] | None:
-    """Places in the order of the batch and the group length, where a batched product covers the whole batch."""
-    segments = use.segments
-    length = segments[0].stop - segments[0].start
-    if (
-        len(segments) < 2
-        or length * len(segments) != items
-        or len({segment.place for segment in segments}) != len(segments)
-    ):
-        return None
-    if any(s.stop - s.start != length for s in segments) or any(use.stack.dropouts[s.place] for s in segments):
-        return None
-    return [segment.place for segment in segments], length
-
-
 class _LowRank(torch.autograd.Function):
-    """Saves x (n, I) and t = x A^T (n, R; 2R with anchors) for each use; gradients for x, every a and every b."""
+    """Saves x (n, I) and t = s x A^T (G, length, R; 2R with anchors) of each block; gradients for x, every a and b."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call, *factors: Tensor) -> Tensor:
@@ -98,27 +87,17 @@ class _LowRank(torch.autograd.Function):
         if call.with_base:
             y = call.site.map(x, *call.extra[0], **call.extra[1])
         else:
-            rows = call.site.out_in[0]
-            y = x.new_zeros(*x.shape[:-1], rows)
+            y = x.new_zeros(*x.shape[:-1], call.site.out_in[0])
         out = y.view(flat.shape[0], -1)
         middles: list[Tensor] = []
-        for use, held in _by_use(call.uses, factors):
-            groups = _equal_groups(use, flat.shape[0])
-            if groups:
-                places, length = groups
-                a_cast, b_cast = _cast(held, use.stack, places, x.dtype)
-                middle = torch.bmm(flat.view(len(places), length, -1), a_cast.transpose(1, 2))
-                out.view(len(places), length, -1).baddbmm_(middle, b_cast.transpose(1, 2))
+        layout = [blocks(use.segments) for use in call.uses]
+        for use, held, parts in _by_use(call.uses, factors, layout):
+            for block, a, b in _cast(held, use.stack, parts, x.dtype):
+                part, _ = _dropped(block, use.stack, flat)
+                middle = _scaled(torch.bmm(part, a.transpose(1, 2)), block, use.stack)
+                block.add_product(out, middle, b.transpose(1, 2))
                 middles.append(middle)
-                continue
-            for segment in use.segments:
-                a_cast, b_cast = _cast(held, use.stack, [segment.place], x.dtype)
-                part, _ = dropped(flat[segment.start : segment.stop], segment, use.stack)
-                middle = part @ a_cast[0].t()
-                out[segment.start : segment.stop].addmm_(middle, b_cast[0].t())
-                middles.append(middle)
-        ctx.call = call
-        ctx.shape = x.shape
+        ctx.call, ctx.layout, ctx.shape = call, layout, x.shape
         ctx.num_factors = len(factors)
         ctx.save_for_backward(flat, *middles, *factors)
         return y
@@ -131,43 +110,25 @@ class _LowRank(torch.autograd.Function):
         (grad,) = grad_outputs
         call: _Call = ctx.call
         saved = ctx.saved_tensors
-        flat, middles, factors = saved[0], list(saved[1 : -ctx.num_factors]), saved[-ctx.num_factors :]
+        flat, middles, factors = saved[0], iter(saved[1 : -ctx.num_factors]), saved[-ctx.num_factors :]
         grad_flat = grad.reshape(flat.shape[0], -1)
-        wants_x = ctx.needs_input_grad[0]
         grad_x = None
-        if wants_x:
+        if ctx.needs_input_grad[0]:
             grad_x = grad_flat @ call.site.weight(grad.dtype) if call.with_base else torch.zeros_like(flat)
         grads: list[Tensor | None] = []
-        for use, held in _by_use(call.uses, factors):
-            a, b, *anchors = held
-            rank = a.shape[1]
-            grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-            grads += [grad_a, grad_b, *(None for _ in anchors)]
-            groups = _equal_groups(use, flat.shape[0])
-            if groups:
-                places, length = groups
-                a_cast, b_cast = _cast(held, use.stack, places, grad.dtype)
-                gy, x = grad_flat.view(len(places), length, -1), flat.view(len(places), length, -1)
-                middle = middles.pop(0)
-                back = torch.bmm(gy, b_cast)
-                grad_a[places] = torch.bmm(_of_a(back, rank).transpose(1, 2), x).to(a.dtype)
-                scales = torch.tensor([use.stack.scales[p] for p in places], dtype=b.dtype, device=b.device)
-                grad_b[places] = torch.bmm(gy.transpose(1, 2), middle[..., :rank]).to(b.dtype) * scales[:, None, None]
+        for use, held, parts in _by_use(call.uses, factors, ctx.layout):
+            rank = held[0].shape[1]
+            of_a: list[Tensor] = []
+            of_b: list[Tensor] = []
+            for block, a, b in _cast(held, use.stack, parts, grad.dtype):
+                part, mask = _dropped(block, use.stack, flat)
+                gy = block.take_gradient(grad_flat)
+                back = _scaled(torch.bmm(gy, b), block, use.stack)
+                of_a.append(torch.bmm(_of_a(back, rank).transpose(1, 2), part))
+                of_b.append(torch.bmm(gy.transpose(1, 2), next(middles)[..., :rank]))
                 if grad_x is not None:
-                    grad_x.view(len(places), length, -1).baddbmm_(back, a_cast)
-                continue
-            for segment in use.segments:
-                a_cast, b_cast = _cast(held, use.stack, [segment.place], grad.dtype)
-                gy = grad_flat[segment.start : segment.stop]
-                x, mask = dropped(flat[segment.start : segment.stop], segment, use.stack)
-                back = gy @ b_cast[0]
-                grad_a[segment.place] += _of_a(back, rank).t() @ x
-                middle = middles.pop(0)[:, :rank]
-                grad_b[segment.place] += (gy.t() @ middle).to(b.dtype) * use.stack.scales[segment.place]
-                if grad_x is not None and mask is None:
-                    grad_x[segment.start : segment.stop].addmm_(back, a_cast[0])
-                elif grad_x is not None and mask is not None:
-                    grad_x[segment.start : segment.stop] += (back @ a_cast[0]) * mask
+                    block.add_product(grad_x, back, a, mask)
+            grads += [_stacked(held[0], parts, of_a), _stacked(held[1], parts, of_b), *(None for _ in held[2:])]
         return (None if grad_x is None else grad_x.view(ctx.shape), None, *grads)
 
 
@@ -178,12 +139,14 @@ def _held(use: Use) -> tuple[Tensor, ...]:
     return stack.tensors["a"], stack.tensors["b"], *anchors
 
 
-def _by_use(uses: Sequence[Use], factors: Sequence[Tensor]) -> Iterator[tuple[Use, Sequence[Tensor]]]:
-    """Each use with its share of what `_held` gave for all of them."""
+def _by_use(
+    uses: Sequence[Use], factors: Sequence[Tensor], layout: Sequence[list[Block]]
+) -> Iterator[tuple[Use, Sequence[Tensor], list[Block]]]:
+    """Each use with its share of what `_held` gave for all of them, and its blocks."""
     reached = 0
-    for use in uses:
+    for use, parts in zip(uses, layout, strict=True):
         count = 4 if use.stack.anchors else 2
-        yield use, factors[reached : reached + count]
+        yield use, factors[reached : reached + count], parts
         reached += count
 
 
@@ -192,16 +155,79 @@ def _of_a(back: Tensor, rank: int) -> Tensor:
     return back if back.shape[-1] == rank else back[..., :rank] + back[..., rank:]
 
 
-def _cast(held: Sequence[Tensor], stack: Stack, places: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """a (G, R, I) and s b (G, O, R) of the places in the compute dtype: the float32 masters are cast at each use.
+def _cast(
+    held: Sequence[Tensor], stack: Stack, parts: list[Block], dtype: torch.dtype
+) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    """Each block with a (G, R, I) and b (G, O, R) of its groups in the compute dtype.
+
+    The float32 masters of the places in use are cast once for all blocks, in forward and again in backward: to keep
+    them in between would take half of the factors' size and save a hundredth of a step.
 
     With anchors both are 2R wide. On a grid, the masters are rounded to it; nothing of them lies beyond its ends, so
     the gradients of what is used here are those of the masters, straight through.
     """
-    picked = held if places == list(range(held[0].shape[0])) else [tensor[places] for tensor in held]
+    used = sorted({place for block in parts for place in block.places})
+    if not used:
+        return
+    picked = [_picked(tensor, used) for tensor in held]
     a, b = widened(*picked) if len(picked) == 4 else fake_quantised(picked[0], picked[1], stack.rounding)
-    scales = torch.tensor([stack.scales[place] for place in places], dtype=b.dtype, device=b.device)
-    return a.to(dtype), (b * scales[:, None, None]).to(dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    where = {place: index for index, place in enumerate(used)}
+    for block in parts:
+        own = [where[place] for place in block.places]
+        yield block, _picked(a, own), _picked(b, own)
+
+
+def _picked(tensor: Tensor, places: Sequence[int]) -> Tensor:
+    """The named places of a stack, in that order; a view where they follow one another."""
+    first = places[0]
+    if all(place == first + index for index, place in enumerate(places)):
+        return tensor[first : first + len(places)]
+    return tensor.index_select(0, _index(tuple(places), tensor.device))
+
+
+def _stacked(like: Tensor, parts: list[Block], products: list[Tensor]) -> Tensor:
+    """The gradient of a whole stack from the products (G, ...) of its blocks; groups of one place are added up."""
+    if len(parts) == 1 and parts[0].places == tuple(range(len(like))):
+        return products[0].to(like.dtype)
+    total = torch.zeros_like(like)
+    for block, product in zip(parts, products, strict=True):
+        total.index_add_(0, _index(block.places, like.device), product.to(like.dtype))
+    return total
+
+
+@lru_cache(maxsize=256)
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device)
+
+
+def _scaled(middle: Tensor, block: Block, stack: Stack) -> Tensor:
+    """A rank-wide intermediate (G, length, R) times the scale of each group, in place."""
+    scales = tuple(stack.scales[place] for place in block.places)
+    if len(set(scales)) == 1:
+        return middle.mul_(scales[0])
+    return middle.mul_(_column(scales, torch.promote_types(middle.dtype, torch.float32), middle.device))
+
+
+@lru_cache(maxsize=256)
+def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
+
+
+def _dropped(block: Block, stack: Stack, flat: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A block's items (G, length, C) after dropout, and the mask by which they were multiplied (None: it is off)."""
+    part = block.take(flat)
+    masks = [segment_mask(segment, stack, flat) for segment in block.segments]
+    if all(mask is None for mask in masks):
+        return part, None
+    filled = []
+    for segment, mask in zip(block.segments, masks, strict=True):
+        size = segment.stop - segment.start
+        mask = flat.new_ones(size, flat.shape[1]) if mask is None else mask
+        filled.append(functional.pad(mask, (0, 0, 0, -size % block.length)))
+    mask = filled[0] if len(filled) == 1 else torch.cat(filled)
+    mask = mask.view(part.shape)
+    return part * mask, mask
 
 
 def low_rank(

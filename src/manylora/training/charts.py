@@ -53,8 +53,8 @@ def line_chart(
     if not curves:
         return ""
     values = [y for curve in curves for _, y in curve.drawn()] + ([level[1]] if level else [])
-    frame = _Frame(max(x_end, 1.0, *(curve.points[-1][0] for curve in curves)), round_ticks(min(values), max(values)))
-    parts = [_axes(frame), *(_line(frame, curve) for curve in curves)]
+    frame = Frame(max(x_end, 1.0, *(curve.points[-1][0] for curve in curves)), round_ticks(min(values), max(values)))
+    parts = [axes(frame), *(_line(frame, curve) for curve in curves)]
     if level:
         parts.append(_level(frame, *level))
     parts.extend(_tooltips(frame, curve, x_label) for curve in curves)
@@ -125,18 +125,18 @@ def thin(points: Points, most: int = MOST_POINTS) -> Points:
     return sorted(set(kept))
 
 
-class _Frame:
-    """Where numbers stand on the drawing."""
+class Frame:
+    """Where numbers stand on a drawing: x from 0 to `x_end`, y from the first tick to the last."""
 
-    def __init__(self, x_end: float, y_ticks: Sequence[float]):
-        self.x_end, self.y_ticks = x_end, y_ticks
+    def __init__(self, x_end: float, y_ticks: Sequence[float], width: int = WIDTH, height: int = HEIGHT):
+        self.x_end, self.y_ticks, self.width, self.height = x_end, y_ticks, width, height
 
     def x(self, value: float) -> float:
-        return LEFT + value / self.x_end * (WIDTH - LEFT - RIGHT)
+        return LEFT + value / self.x_end * (self.width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
 
     def path(self, points: Points) -> str:
         return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
@@ -147,24 +147,25 @@ def _stroke(colour: int) -> str:
     return f'class="k{colour % NUM_COLOURS}"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
-def _axes(frame: _Frame) -> str:
-    parts = []
+def axes(frame: Frame) -> str:
+    """Lines across at the ticks of y, and the numbers of both axes, as SVG."""
+    right, parts = frame.width - RIGHT, []
     for tick in frame.y_ticks:
         y = frame.y(tick)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
         # numbers on one axis are written alike: 2e-3 beside 5e-4, not 0.002
         label = _scientific(tick) if frame.y_ticks[-1] < 0.01 else short_number(tick)
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for tick in round_ticks(0.0, frame.x_end, least=1.0):
         x = frame.x(tick)
-        if x <= WIDTH - RIGHT + 1:
-            anchor = "end" if x > WIDTH - 24 else "middle"
-            x = min(x, WIDTH - 2) if anchor == "end" else x
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{short_number(tick)}</text>')
+        if x <= right + 1:
+            anchor = "end" if x > frame.width - 24 else "middle"
+            x = min(x, frame.width - 2) if anchor == "end" else x
+            parts.append(f'<text x="{x:.1f}" y="{frame.height - 6}" text-anchor="{anchor}">{short_number(tick)}</text>')
     return "".join(parts)
 
 
-def _line(frame: _Frame, curve: Curve) -> str:
+def _line(frame: Frame, curve: Curve) -> str:
     line = f'<path d="{frame.path(thin(curve.drawn()))}" {_stroke(curve.colour)}/>'
     if curve.mean == "over":
         mean = f'<path d="{frame.path(thin(running_mean(curve.points)))}" {_stroke(curve.colour)}/>'
@@ -175,7 +176,7 @@ def _line(frame: _Frame, curve: Curve) -> str:
     return f'{line}<g class="f{curve.colour % NUM_COLOURS}">{"".join(dots)}</g>'
 
 
-def _level(frame: _Frame, name: str, value: float) -> str:
+def _level(frame: Frame, name: str, value: float) -> str:
     y = frame.y(value)
     above = y - 5 if y > TOP + 14 else y + 14
     text = f"{escape(name)} {short_number(value)}"
@@ -185,7 +186,7 @@ def _level(frame: _Frame, name: str, value: float) -> str:
     )
 
 
-def _tooltips(frame: _Frame, curve: Curve, x_label: str) -> str:
+def _tooltips(frame: Frame, curve: Curve, x_label: str) -> str:
     stride = math.ceil(len(curve.points) / MOST_TOOLTIPS)
     shown = curve.drawn()[::-1][::stride]  # from the end, so that the last value is among them
     parts = []

@@ -1,116 +1,194 @@
 """Checkpoints: what resuming needs to give the same bytes, written whole or not at all.
 
-A checkpoint holds each member's factors, optimiser state and progress. It holds no random state: every draw is a pure
-function of (seed, step, row, site), so the step is enough.
+A checkpoint holds the factors, optimiser state and progress of each member that runs, and what the source of members
+knows. It holds no random state: every draw is a pure function of (seed, step, row, site), so the step is enough.
+
+A member that waits for a verdict has left its slot; its tensors lie in `waiting/`, written once, and every checkpoint
+names the file that it means.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from manylora.adapters.bank import Bank
 from manylora.errors import CheckpointBroken
-from manylora.files import recover, write_folder_atomic, write_json_atomic
-from manylora.training.member import Member
-from manylora.training.optim.stacked import StackedOptimizer
+from manylora.files import raise_if_full, recover, write_folder_atomic, write_json_atomic
 from manylora.types import Factors
 
 
-class Checkpoints:
-    """The `checkpoints/` folder of a run: `step-N` for the last `keep` of them."""
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """All tensors that a member needs to go on: its factors, the optimiser's state of them, the best so far."""
 
-    def __init__(self, folder: Path, keep: int):
+    now: Mapping[str, Factors]
+    moments: Mapping[str, Tensor]
+    best: Mapping[str, Factors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that was read: tick, progress of members that run, steps of those that wait, those that ended."""
+
+    path: Path
+    tick: int
+    running: dict[str, dict[str, Any]]
+    waiting: dict[str, int]
+    ended: dict[str, dict[str, Any]]
+    source: dict[str, Any]
+
+    def tensors(self, member: str) -> Kept:
+        """What was kept of a member that ran.
+
+        Raises:
+            CheckpointBroken: its file is missing or damaged.
+        """
+        return _read(self.path / f"{member}.safetensors")
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run: `step-N` for the last `keep` of them, and `waiting/`, which loops share."""
+
+    def __init__(self, folder: Path, keep: int, *, waiting: Path | None = None):
         self.folder = folder
         self.keep = keep
+        self.waiting = waiting or folder / "waiting"
 
     def save(
         self,
-        step: int,
-        bank: Bank,
-        optimizers: Mapping[str, StackedOptimizer],
-        members: Sequence[Member],
-        best: Mapping[str, Mapping[str, Factors]],
+        tick: int,
+        running: Mapping[str, tuple[dict[str, Any], Kept]],
+        waiting: Mapping[str, int],
+        ended: Mapping[str, dict[str, Any]],
+        source: Mapping[str, Any],
     ) -> Path:
         """Write `step-N`, then drop the oldest; the ones before stay until the new one is complete.
 
         Raises:
             DiskFull: no space; the checkpoints that were there still are.
         """
-        path = self.folder / f"step-{step}"
+        path = self.folder / f"step-{tick}"
         with write_folder_atomic(path) as partial:
-            for member in members:
-                tensors = flatten(bank.get(member.slot).factors)
-                state = optimizers[member.recipe.optimizer].slot_state(member.slot)
-                save_file({**tensors, **{f"optimizer|{key}": value for key, value in state.items()}},
-                          partial / f"{member.name}.safetensors")  # fmt: skip
-                if member.name in best:
-                    save_file(flatten(best[member.name]), partial / f"{member.name}.best.safetensors")
-            progress = {member.name: member.progress() for member in members}
-            write_json_atomic(partial / "state.json", {"step": step, "members": progress})
+            for name, (_, kept) in running.items():
+                save_file(flattened(kept), partial / f"{name}.safetensors")
+            state = {
+                "tick": tick,
+                "running": {name: progress for name, (progress, _) in running.items()},
+                "waiting": dict(waiting),
+                "ended": dict(ended),
+                "source": dict(source),
+            }
+            write_json_atomic(partial / "state.json", state)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / f"step-{old}")
         return path
 
     def steps(self) -> list[int]:
-        """The steps at which complete checkpoints lie, in order."""
+        """The ticks at which complete checkpoints lie, in order."""
         found = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return sorted(int(name) for name in found if name.isdigit())
 
     def last(self) -> int | None:
-        """The step of the last complete checkpoint, None without one."""
+        """The tick of the last complete checkpoint, None without one."""
         if self.folder.is_dir():
             recover(self.folder)
         return max(self.steps(), default=None)
 
-    def restore(
-        self, bank: Bank, optimizers: Mapping[str, StackedOptimizer], members: Sequence[Member]
-    ) -> tuple[int, dict[str, dict[str, Factors]]] | None:
-        """Put the last checkpoint into bank, optimisers and members; its step and the best factors, None without one.
+    def read(self) -> Saved | None:
+        """The last checkpoint, None without one.
 
         Raises:
-            CheckpointBroken: a file is missing or damaged, or the members are not those of this run.
+            CheckpointBroken: its state is missing or damaged.
         """
-        step = self.last()
-        if step is None:
+        tick = self.last()
+        if tick is None:
             return None
-        path = self.folder / f"step-{step}"
-        best: dict[str, dict[str, Factors]] = {}
+        path = self.folder / f"step-{tick}"
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if set(state["members"]) != {member.name for member in members}:
-                raise CheckpointBroken(
-                    f"{path} holds the members {', '.join(state['members'])}",
-                    allowed=", ".join(member.name for member in members),
-                    next_step="resume with the configuration that began the run",
-                )
-            for member in members:
-                member.restore(state["members"][member.name])
-                tensors = load_file(path / f"{member.name}.safetensors")
-                own = {key: value for key, value in tensors.items() if not key.startswith("optimizer|")}
-                _put(bank, member, unflatten(own))
-                moments = {k.removeprefix("optimizer|"): v for k, v in tensors.items() if k.startswith("optimizer|")}
-                optimizers[member.recipe.optimizer].load_slot_state(member.slot, moments)
-                if (path / f"{member.name}.best.safetensors").is_file():
-                    best[member.name] = unflatten(load_file(path / f"{member.name}.best.safetensors"))
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            if isinstance(error, CheckpointBroken):
-                raise
-            raise CheckpointBroken(
-                f"{path} cannot be read: {error}", next_step=f"remove {path} to resume from the checkpoint before it"
-            ) from error
-        return int(state["step"]), best
+            return Saved(
+                path, int(state["tick"]), state["running"], state["waiting"], state["ended"], state["source"]
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise _broken(path, error) from error
+
+    def park(self, member: str, progress: Mapping[str, Any], kept: Kept) -> None:
+        """Write all of a member that leaves its slot and waits; files of its earlier waits go when nothing names them.
+
+        Raises:
+            DiskFull: no space.
+        """
+        self.waiting.mkdir(parents=True, exist_ok=True)
+        path = self._parked(member, progress["step"])
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(flattened(kept), partial, metadata={"progress": json.dumps(dict(progress))})
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise_if_full(error, path)
+            raise
+
+    def unpark(self, member: str, step: int | None = None) -> tuple[dict[str, Any], Kept]:
+        """Progress and tensors of a member that waits, at a step (None: its last).
+
+        Raises:
+            CheckpointBroken: the file is missing or damaged.
+        """
+        if step is None:
+            steps = [int(path.stem.rpartition("@")[2]) for path in self.waiting.glob(f"{member}@*.safetensors")]
+            step = max(steps, default=0)
+        path = self._parked(member, step)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                progress = json.loads(opened.metadata()["progress"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise _broken(path, error) from error
+        return progress, _read(path)
+
+    def forget(self) -> None:
+        """Remove what waits: the run is over."""
+        if self.waiting.is_dir():
+            shutil.rmtree(self.waiting)
+
+    def _parked(self, member: str, step: int) -> Path:
+        return self.waiting / f"{member}@{step}.safetensors"
 
 
-def _put(bank: Bank, member: Member, factors: Mapping[str, Factors]) -> None:
-    bank.put(replace(bank.get(member.slot), factors=factors), slot=member.slot)
+def _read(path: Path) -> Kept:
+    try:
+        tensors = load_file(path)
+        return Kept(
+            unflatten(_part(tensors, "now")), _part(tensors, "optimizer"), unflatten(_part(tensors, "best"))
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> CheckpointBroken:
+    folder = path if path.is_dir() else path.parent
+    return CheckpointBroken(
+        f"{path} cannot be read: {error}", next_step=f"remove {folder} to resume from the checkpoint before it"
+    )
+
+
+def flattened(kept: Kept) -> dict[str, Tensor]:
+    """What is kept of a member as named tensors: `now|...`, `best|...` and `optimizer|...`."""
+    parts = {"now": flatten(kept.now), "best": flatten(kept.best), "optimizer": kept.moments}
+    return {f"{part}|{label}": tensor for part, tensors in parts.items() for label, tensor in tensors.items()}
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    prefix = f"{part}|"
+    return {label.removeprefix(prefix): tensor for label, tensor in tensors.items() if label.startswith(prefix)}
 
 
 def flatten(factors: Mapping[str, Factors]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 from manylora.data.examples import Reading
 from manylora.data.load import Loaded, load_examples, overlap
 from manylora.data.sources import Source, open_source, splits_of
-from manylora.data.split import split_by_group
+from manylora.data.split import fold_by_group, split_by_group
 from manylora.data.tensors import TensorExamples, argument_names
 from manylora.errors import ConfigError, DataNotFound
 from manylora.tasks import TASKS
@@ -73,7 +73,7 @@ def object_of(path: str, objects: Mapping[str, Any], what: str) -> Any:
 
 def held_out_places(config: Config) -> tuple[DataPlace, ...]:
     """Where the held-out rows are: as said, else the valid split of a folder that is trained on."""
-    if config.data.eval or config.data.eval_fraction is not None:
+    if config.data.held_out:
         return config.data.eval
     return tuple(held for place in config.data.train for held in own_held_out(place))
 
@@ -147,10 +147,16 @@ def tensor_data(config: Config, base: FrozenModel, objects: Mapping[str, Any]) -
     return RunData(train, held_out, [(len(train), config.data.train[0].weight)], notes, facts)
 
 
-def split_off(config: Config, data: RunData) -> RunData:
-    """The same data, a part of it held out as the configuration asks."""
+def split_off(config: Config, data: RunData, seed: int) -> RunData:
+    """The same data, a part of it held out as the configuration asks; `seed` decides which."""
+    sides = None
     if config.data.eval_fraction is not None:
-        chosen, rest = split_by_group(data.train, config.data.eval_fraction, config.train.seed)
+        sides = split_by_group(data.train, config.data.eval_fraction, seed)
+    if config.data.fold is not None:
+        part, parts = (int(number) for number in config.data.fold.split("/"))
+        sides = fold_by_group(data.train, part - 1, parts, seed)
+    if sides is not None:
+        chosen, rest = sides
         train, held_out = data.train.take(chosen), data.train.take(rest)
         data = replace(data, train=train, held_out=held_out, weights=_weights_of(data.weights, chosen))
     if config.evaluate.max_examples is not None:

@@ -50,18 +50,18 @@ class EventLog:
             raise_if_full(error, self.path)
             raise
 
-    def truncate_after(self, step: int) -> int:
-        """Drop what happened after `step` steps were done; returns how many events that was.
+    def truncate_after(self, tick: int) -> int:
+        """Drop what happened after `tick` steps of the loop; returns how many events that was.
 
-        A run that resumes from the checkpoint of this step lives through them again. An event without a step belongs
-        to those around it: it goes when one of a later step stands before it.
+        A run that resumes from the checkpoint of this tick lives through them again. An event without a tick belongs
+        to those around it: it goes when one of a later tick stands before it.
         """
         self._stream.close()
         events = read_events(self.path.parent)
         kept, later = [], False
         for event in events:
-            later = later or event.get("step", 0) > step
-            if event["step"] <= step if "step" in event else not later:
+            later = later or event.get("tick", 0) > tick
+            if event["tick"] <= tick if "tick" in event else not later:
                 kept.append(event)
         if len(kept) < len(events):
             lines = (json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n" for event in kept)

@@ -28,6 +28,18 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
 
+    def open(self, config: Config, resume: bool) -> dict[str, Any] | None:
+        """Pass where a run may begin or go on; the summary of one that is finished.
+
+        Raises:
+            OutputExists: the folder holds something. CheckpointBroken: `resume`, and it holds a run of other settings.
+        """
+        if not resume:
+            self.check_free()
+            return None
+        self.check_resumable(config)
+        return self.finished()
+
     def check_free(self) -> None:
         """Pass where a new run may begin.
 

@@ -1,22 +1,29 @@
-"""The one loop: it steps every running member, evaluates, keeps the best, stops the weak and writes checkpoints."""
+"""The one loop: it admits members to free slots, steps all that run, evaluates, keeps the best and writes checkpoints.
+
+Members come from a source, which also judges them: one job, or a search that stops the weak. What ends is handed over
+at once and its slot is free for the next.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from manylora.adapters.adapter import Adapter
 from manylora.base.frozen import FrozenModel
-from manylora.errors import NonFiniteLoss
-from manylora.evaluation.evaluate import evaluate_loss
-from manylora.training.checkpoint import Checkpoints
-from manylora.training.member import Member
+from manylora.errors import NonFiniteLoss, UserError
+from manylora.evaluation.evaluate import evaluate_losses
+from manylora.training.checkpoint import Checkpoints, Kept
+from manylora.training.member import Member, State, tokens_of
 from manylora.training.memory import peak_bytes
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import StackedOptimizer
+from manylora.training.source import Ending, Report, Source, Verdict
 from manylora.training.step import StepResult, train_step
-from manylora.types import Factors, Objective
+from manylora.types import Factors
 
 
 class Recorder(Protocol):
@@ -29,63 +36,100 @@ class Recorder(Protocol):
     def stage(self, text: str) -> None: ...
 
 
+Make = Callable[[str], tuple[Member, Adapter]]
+"""A member and its fresh adapter, by name; the same at every call."""
+Hand = Callable[[Member, Adapter], None]
+"""Called with every member that ends, and the adapter that is its result."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
-    """`checkpoint_every` counts steps (None: only at the end); `select` is `eval_loss` or `last`."""
+    """`checkpoint_every` counts ticks (None: only at the end); `select` is `eval_loss` or `last`.
+
+    `budget_tokens` bounds what one forward computes, None: as much as the members' own settings allow.
+    """
 
     checkpoint_every: int | None = 100
     select: str = "eval_loss"
+    budget_tokens: int | None = None
 
 
 class Loop:
-    """Trains members over one base, all running ones in one forward and backward."""
+    """Trains the members of a source over one base, all running ones in one forward and backward: a tick."""
 
     def __init__(
         self,
         base: FrozenModel,
-        objective: Objective,
-        members: Sequence[Member],
+        source: Source,
+        make: Make,
         recorder: Recorder,
-        checkpoints: Checkpoints | None,
-        settings: LoopSettings,
+        *,
+        checkpoints: Checkpoints | None = None,
+        settings: LoopSettings | None = None,
+        hand: Hand | None = None,
     ):
         self.base = base
         self.bank = base.bank
-        self.objective = objective
-        self.members = list(members)
+        self.source = source
+        self.make = make
         self.recorder = recorder
         self.checkpoints = checkpoints
-        self.settings = settings
-        names = dict.fromkeys(member.recipe.optimizer for member in members)
-        self.optimizers: Mapping[str, StackedOptimizer] = {name: OPTIMIZERS.get(name)(self.bank) for name in names}
+        self.settings = settings or LoopSettings()
+        self.hand = hand or (lambda member, adapter: None)
+        self.members: dict[str, Member] = {}
+        self.waiting: dict[str, int] = {}
+        self.ended: dict[str, dict[str, Any]] = {}
+        self._bare: dict[str, Adapter] = {}
+        self.optimizers: dict[str, StackedOptimizer] = {}
         self.best: dict[str, Mapping[str, Factors]] = {}
         self.tick = 0
         self.saved_at: int | None = None
 
+    @property
+    def running(self) -> list[Member]:
+        """The members that take a step in the next tick, in the order of their slots."""
+        return sorted((m for m in self.members.values() if m.state == "running"), key=lambda member: member.slot)
+
     def resume(self) -> int | None:
-        """Continue from the last checkpoint: its step, None where there is none."""
-        found = self.checkpoints.restore(self.bank, self.optimizers, self.members) if self.checkpoints else None
+        """Continue from the last checkpoint: its tick, None where there is none.
+
+        Raises:
+            CheckpointBroken: a file of it is missing or damaged.
+        """
+        found = self.checkpoints.read() if self.checkpoints else None
         if found is None:
             return None
-        self.tick, best = found
-        self.best = dict(best)
-        self.saved_at = self.tick
+        self.source.restore(found.source)
+        self.waiting, self.ended = dict(found.waiting), dict(found.ended)
+        for name, progress in found.running.items():
+            member, adapter = self._made(name)
+            member.restore(progress)
+            self._enter(member, adapter, found.tensors(name))
+        self.tick = self.saved_at = found.tick
         return self.tick
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> None:
-        """Step until no member runs.
+        """Train until every member has ended.
+
+        `interrupted` is asked after each tick; once it says true, a checkpoint is written and KeyboardInterrupt raised.
 
         Raises:
-            KeyboardInterrupt: `interrupted()` became true; a checkpoint has been written.
             NonFiniteLoss: every member was retired. OutOfMemory: the machine does not hold a step.
         """
-        while running := [member for member in self.members if member.state == "running"]:
+        self._take_orders()
+        while running := self.running:
             started = time.perf_counter()
-            results = train_step(self.base, self.objective, self.optimizers, running)
+            results = train_step(self.base, self.optimizers, running, self.settings.budget_tokens)
             seconds = time.perf_counter() - started
             self.tick += 1
             for member in running:
                 self._after_step(member, results[member.name], seconds)
+            self._evaluate([member for member in running if member.state == "running"])
+            for member in running:
+                if member.state == "running" and member.step >= member.recipe.last_step:
+                    cut = member.step < member.recipe.total_steps
+                    self._end(member, "stopped" if cut else "done", "train.stop_after" if cut else "")
+            self._take_orders()
             every = self.settings.checkpoint_every
             if every is not None and self.tick % every == 0:
                 self.save()
@@ -93,33 +137,140 @@ class Loop:
                 self.save()
                 raise KeyboardInterrupt
         self.save()
-        if self.members and all(member.state == "retired" for member in self.members):
+        if self.ended and all(progress["state"] == "retired" for progress in self.ended.values()):
+            name, progress = next(iter(self.ended.items()))
             raise NonFiniteLoss(
-                f"every member was retired; {self.members[0].name}: {self.members[0].reason}",
+                f"every member was retired; {name}: {progress['reason']}",
                 next_step="lower train.learning_rate, set train.clip_norm, or look at the rows of that step",
             )
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless it lies there already."""
+        """Write a checkpoint of the present tick, unless it lies there already."""
         if self.checkpoints is not None and self.saved_at != self.tick:
-            self.checkpoints.save(self.tick, self.bank, self.optimizers, self.members, self.best)
+            running = {member.name: (member.progress(), self._kept(member)) for member in self.running}
+            self.checkpoints.save(self.tick, running, self.waiting, self.ended, self.source.state())
             self.saved_at = self.tick
-            self.recorder.event("checkpoint", step=self.tick)
+            self._event("checkpoint", step=self.tick)
+
+    # -- members come and go -------------------------------------------------------------------------------------------
+
+    def _take_orders(self) -> None:
+        """Do what the source says until it has nothing more to say now."""
+        while True:
+            slot = self._free_slot()
+            order = self.source.next(free=slot is not None, idle=not self.running)
+            if order is None:
+                return
+            if order.action == "start":
+                try:
+                    made = self._made(order.member)
+                except UserError as error:
+                    if not self.source.failed(order.member, error.what):
+                        raise
+                    self.recorder.event("failed", member=order.member, step=0, reason=error.what, tick=self.tick)
+                    self.recorder.note(f"{order.member} cannot be trained: {error.what}")
+                    continue
+                self._admit(*made, None, "admitted")
+                continue
+            member, kept = self._unparked(order.member)
+            if order.action == "continue":
+                member.state, member.reason = "running", ""
+                self._admit(member, self._bare[member.name], kept, "continued")
+            else:
+                self._end(member, "stopped", order.reason, kept)
+
+    def _made(self, name: str) -> tuple[Member, Adapter]:
+        member, adapter = self.make(name)
+        self.members[name] = member
+        self._bare[name] = replace(adapter, factors={})
+        return member, adapter
+
+    def _free_slot(self) -> int | None:
+        taken = {member.slot for member in self.running}
+        return next((slot for slot in range(self.bank.num_slots) if slot not in taken), None)
+
+    def _admit(self, member: Member, adapter: Adapter, kept: Kept | None, event: str) -> None:
+        slot = self._free_slot()
+        assert slot is not None, "the source gave a member and no slot is free"
+        for other in self.members.values():
+            if other.slot == slot:
+                other.slot = -1
+        member.slot = slot
+        self._enter(member, adapter, kept)
+        full = tokens_of(
+            member.epochs, steps=member.recipe.total_steps, rows_per_step=member.recipe.rows_per_step
+        )
+        self._event(event, member, slot=slot, steps=member.recipe.last_step, full_tokens=full)
+        self.source.started(member.name, full)
+
+    def _enter(self, member: Member, adapter: Adapter, kept: Kept | None) -> None:
+        """Put a member into its slot, fresh or with the factors and the optimiser state that were kept of it."""
+        self.bank.put(adapter if kept is None else replace(adapter, factors=kept.now), slot=member.slot)
+        optimizer = self._optimizer(member)
+        optimizer.reset(member.slot)
+        if kept is not None:
+            optimizer.load_slot_state(member.slot, kept.moments)
+            if kept.best:
+                self.best[member.name] = kept.best
+
+    def _optimizer(self, member: Member) -> StackedOptimizer:
+        name = member.recipe.optimizer
+        if name not in self.optimizers:
+            self.optimizers[name] = OPTIMIZERS.get(name)(self.bank)
+        return self.optimizers[name]
+
+    def _kept(self, member: Member) -> Kept:
+        """All tensors that a member needs to go on."""
+        return Kept(
+            now=self.bank.get(member.slot).factors,
+            moments=self._optimizer(member).slot_state(member.slot),
+            best=self.best.get(member.name, {}),
+        )
+
+    def _park(self, member: Member, reason: str) -> None:
+        """A member leaves its slot until the source says more of it."""
+        assert self.checkpoints is not None, "members can only wait where there are checkpoints"
+        member.state, member.reason = "waiting", reason
+        self.checkpoints.park(member.name, member.progress(), self._kept(member))
+        self.waiting[member.name] = member.step
+        self.best.pop(member.name, None)
+        self._event("waiting", member, reason=reason)
+
+    def _unparked(self, name: str) -> tuple[Member, Kept]:
+        """A member that waited, here or in another loop, and what was kept of it when it left its slot."""
+        assert self.checkpoints is not None, "members can only wait where there are checkpoints"
+        progress, kept = self.checkpoints.unpark(name, self.waiting.pop(name, None))
+        member = self.members[name] if name in self.members else self._made(name)[0]
+        member.restore(progress)
+        member.slot = -1
+        return member, kept
+
+    def _end(self, member: Member, state: State, reason: str = "", kept: Kept | None = None) -> None:
+        """A member makes no step any more: hand over its best factors, or its last where none were evaluated."""
+        member.state, member.reason = state, reason
+        now, best = (kept.now, kept.best) if kept else (self.bank.get(member.slot).factors, self.best.get(member.name))
+        self.best.pop(member.name, None)
+        self.ended[member.name] = member.progress()
+        self._event("retired" if state == "retired" else "done", member, reason=reason, state=state)
+        self.hand(member, replace(self._bare[member.name], factors=best or now))
+        self.source.ended(
+            Ending(member.name, state, reason, member.tokens, member.result(self.settings.select), member.scores)
+        )
+
+    # -- after a step --------------------------------------------------------------------------------------------------
 
     def _after_step(self, member: Member, result: StepResult, seconds: float) -> None:
         if not result.finite:
             what = f"loss {result.loss}, gradient norm {result.gradient_norm}"
-            member.state, member.reason = "retired", f"{what} at step {member.step + 1}"
-            self.recorder.event("retired", member=member.name, step=member.step, reason=member.reason)
+            self._end(member, "retired", f"{what} at step {member.step + 1}")
             self.recorder.note(f"{member.name} is retired: {member.reason}")
             return
         rate = member.rate(member.step)
         member.step += 1
         member.tokens += result.trained_tokens
-        self.recorder.event(
+        self._event(
             "step",
-            member=member.name,
-            step=member.step,
+            member,
             loss=result.loss,
             learning_rate=rate,
             tokens=member.tokens,
@@ -129,37 +280,66 @@ class Loop:
         )
         if member.step == 2:
             self._name_unreached(member)
-        if member.evaluates_after(member.step):
-            self._evaluate(member)
-        if member.state == "running" and member.step >= member.recipe.total_steps:
-            member.state = "done"
-            self.recorder.event("done", member=member.name, step=member.step)
 
-    def _evaluate(self, member: Member) -> None:
-        if not member.eval_examples:
-            return
+    def _evaluate(self, members: Sequence[Member]) -> None:
+        """Evaluate those that are due, keep their best, and ask the source about those that passed a level."""
+        passed = [member for member in members if member.passes_level()]
+        due = [member for member in members if member in passed or member.evaluates_after(member.step)]
+        due = [member for member in due if member.eval_examples]
+        groups: dict[tuple, list[Member]] = {}
+        for member in due:
+            key = (id(member.eval_examples), member.epochs.row_tokens, id(member.objective))
+            groups.setdefault(key, []).append(member)
+        for group in groups.values():
+            self._evaluate_group(group)
+        reports = [
+            Report(member.name, member.level - 1, member.tokens, math.nan if member.loss is None else member.loss)
+            for member in passed
+            if member.state == "running" and member.step < member.recipe.last_step
+        ]
+        verdicts = self.source.judge(reports) if reports else {}
+        for report in reports:
+            verdict = verdicts.get(report.member, Verdict("go"))
+            if verdict.judgement == "wait":
+                self._park(self.members[report.member], verdict.reason)
+            elif verdict.judgement == "stop":
+                self._end(self.members[report.member], "stopped", verdict.reason)
+
+    def _evaluate_group(self, members: Sequence[Member]) -> None:
+        """Members with the same held-out rows share the forwards of their evaluation."""
+        first = members[0]
+        row_tokens = first.epochs.row_tokens
+        at_once = max(member.recipe.rows_per_step for member in members)
+        budget = self.settings.budget_tokens or at_once * row_tokens
         self.recorder.stage("evaluating")
-        scores = evaluate_loss(
+        found = evaluate_losses(
             self.base,
-            member.eval_examples,
-            slot=member.slot,
-            row_tokens=member.epochs.row_tokens,
-            rows_per_batch=member.recipe.rows_per_step,
-            objective=self.objective,
+            first.eval_examples,
+            slots=[member.slot for member in members],
+            row_tokens=row_tokens,
+            rows_per_batch=max(1, min(at_once, budget // (row_tokens * len(members)))),
+            objective=first.objective,
         )
-        self.recorder.event("eval", member=member.name, step=member.step, **scores)
-        if scores["loss"] < member.best_loss:
-            member.best_loss, member.best_step, member.stale_evals = scores["loss"], member.step, 0
+        for member, scores in zip(members, found, strict=True):
+            self._event("eval", member, **{**scores, "tokens": member.tokens})
+            self._after_eval(member, scores)
+
+    def _after_eval(self, member: Member, scores: Mapping[str, float]) -> None:
+        loss = scores["loss"]
+        member.loss = loss if math.isfinite(loss) else None
+        if loss < member.best_loss:
+            member.best_loss, member.best_step, member.stale_evals = loss, member.step, 0
+            chosen = {name: value for name, value in scores.items() if name not in ("loss", "tokens")}
+            member.scores = {name: value for name, value in chosen.items() if math.isfinite(value)}
             if self.settings.select == "eval_loss":
                 self.best[member.name] = self.bank.get(member.slot).factors
             return
         member.stale_evals += 1
         patience = member.recipe.patience
-        if patience is not None and member.stale_evals >= patience and member.step < member.recipe.total_steps:
-            member.state = "stopped"
-            member.reason = f"eval loss has not fallen for {patience} evaluations; best {member.best_loss:.4f}"
-            self.recorder.event("done", member=member.name, step=member.step, reason=member.reason)
-            self.recorder.note(f"{member.name} stops early at step {member.step}: {member.reason}")
+        if patience is not None and member.stale_evals >= patience and member.step < member.recipe.last_step:
+            reason = f"eval loss has not fallen for {patience} evaluations; best {member.best_loss:.4f}"
+            self._end(member, "stopped", reason)
+            self.recorder.note(f"{member.name} stops early at step {member.step}: {reason}")
 
     def _name_unreached(self, member: Member) -> None:
         """After two steps every factor that the forward reaches has moved; say which sites have not."""
@@ -171,4 +351,9 @@ class Loop:
         if still:
             share = f"{len(still)} of {len(self.bank.places(member.slot))}"
             self.recorder.note(f"{member.name}: {share} sites got no gradient in two steps: {', '.join(still[:8])}")
-            self.recorder.event("unreached", member=member.name, step=member.step, sites=still)
+            self._event("unreached", member, sites=still)
+
+    def _event(self, name: str, member: Member | None = None, **fields: Any) -> None:
+        if member is not None:
+            fields = {"member": member.name, "step": member.step, **fields}
+        self.recorder.event(name, **fields, tick=self.tick)

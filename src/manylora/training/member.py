@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from manylora.data.batches import Epochs
 from manylora.data.example import Example
 from manylora.errors import ConfigError
@@ -14,13 +16,19 @@ from manylora.ops.dropout import mix
 from manylora.spec import AdapterSpec
 from manylora.training.optim.stacked import SlotUpdate
 from manylora.training.schedule import rate_at
+from manylora.types import Objective
 
-State = Literal["running", "done", "stopped", "retired"]
+State = Literal["running", "waiting", "done", "stopped", "retired"]
+"""`waiting`: judged, and neither let go on nor stopped yet; it has no slot then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a member is trained. Steps are optimiser steps; `warmup` and `total_steps` count them."""
+    """How a member is trained. Steps are optimiser steps; `warmup` and `total_steps` count them.
+
+    `stop_after` steps the member stops, on a schedule that would go on. `evaluate_at` are counts of trained tokens:
+    the held-out rows are due at the first step that reaches one.
+    """
 
     learning_rate: float
     schedule: str
@@ -35,40 +43,59 @@ class Recipe:
     epsilon: float = 1e-8
     clip_norm: float | None = 1.0
     evaluate_every: int | None = None
+    evaluate_at: tuple[int, ...] = ()
     patience: int | None = None
+    stop_after: int | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The steps that are made: all of the schedule, or those before it is left."""
+        return self.total_steps if self.stop_after is None else min(self.total_steps, self.stop_after)
 
 
 @dataclass(slots=True, kw_only=True)
 class Member:
-    """One training job; `slot` is its place in the bank. Everything below `state` is what a checkpoint keeps."""
+    """One training job; `slot` is its place in the bank, -1 without one.
+
+    Everything from `state` on is what a checkpoint keeps; `level` counts the places of `recipe.evaluate_at` that are
+    passed, `loss` is the last one on the held-out rows, `scores` are the metrics of the best.
+    """
 
     name: str
-    slot: int
     seed: int
     spec: AdapterSpec
     recipe: Recipe
     epochs: Epochs
+    objective: Objective
     eval_examples: Sequence[Example] = ()
+    slot: int = -1
     state: State = "running"
     reason: str = ""
     step: int = 0
     tokens: int = 0
+    level: int = 0
+    loss: float | None = None
     best_loss: float = math.inf
     best_step: int = 0
     stale_evals: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
     _schedule_of_rows: list[int] = field(default_factory=list)
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps beside factors and optimiser state."""
-        best = None if math.isinf(self.best_loss) else self.best_loss
-        return {"state": self.state, "reason": self.reason, "step": self.step, "tokens": self.tokens,
-                "best_loss": best, "best_step": self.best_step, "stale_evals": self.stale_evals}  # fmt: skip
+        values = {name: getattr(self, name) for name in KEPT}
+        return values | {"best_loss": None if math.isinf(self.best_loss) else self.best_loss}
 
     def restore(self, progress: dict[str, Any]) -> None:
-        self.state, self.reason = progress["state"], progress["reason"]
-        self.step, self.tokens = progress["step"], progress["tokens"]
+        """Take up the progress that a checkpoint kept."""
+        for name in KEPT:
+            setattr(self, name, progress[name])
         self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
-        self.best_step, self.stale_evals = progress["best_step"], progress["stale_evals"]
+
+    def result(self, select: str) -> float | None:
+        """The loss on the held-out rows of the state that is its result; None where it has none."""
+        loss = self.best_loss if select == "eval_loss" else self.loss
+        return None if loss is None or not math.isfinite(loss) or self.state == "retired" else loss
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -121,11 +148,22 @@ class Member:
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the held-out rows are due once `step` steps are done: by count, else at the end of every epoch."""
-        if step >= self.recipe.total_steps:
+        if step >= self.recipe.last_step:
             return True
         if self.recipe.evaluate_every is not None:
             return step % self.recipe.evaluate_every == 0
         return self.place(step)[1] == 0
+
+    def passes_level(self) -> bool:
+        """Whether the tokens trained so far have reached the next of `recipe.evaluate_at`; counts it as passed."""
+        passed = sum(1 for tokens in self.recipe.evaluate_at if tokens <= self.tokens)
+        self.level, before = passed, self.level
+        return passed > before
+
+
+KEPT = ("slot", "state", "reason", "step", "tokens", "level", "loss", "best_loss", "best_step", "stale_evals",
+        "scores")  # fmt: skip
+"""What of a member is its progress."""
 
 
 def steps_of(epochs: Epochs, epoch: int, rows_per_step: int) -> int:
@@ -146,3 +184,28 @@ def total_steps(epochs: Epochs, *, num_epochs: float, rows_per_step: int) -> int
     if count < 1:
         raise ConfigError(f"train.epochs {num_epochs} gives no step", allowed="more than 0")
     return count
+
+
+def tokens_of(epochs: Epochs, *, steps: int, rows_per_step: int) -> int:
+    """Trained tokens of the first `steps` optimiser steps."""
+    total, epoch = 0, 0
+    while steps > 0:
+        of_rows = epochs.trained(epoch)
+        total += int(of_rows[: steps * rows_per_step].sum())
+        steps -= math.ceil(len(of_rows) / rows_per_step)
+        epoch += 1
+    return total
+
+
+def steps_for(epochs: Epochs, *, tokens: int, rows_per_step: int) -> int:
+    """The least number of optimiser steps that train at least so many tokens."""
+    steps, epoch = 0, 0
+    while True:
+        of_rows = epochs.trained(epoch)
+        by_step = np.add.reduceat(of_rows, np.arange(0, len(of_rows), rows_per_step))
+        reached = np.cumsum(by_step)
+        if reached[-1] >= tokens:
+            return steps + int(np.searchsorted(reached, tokens)) + 1
+        tokens -= int(reached[-1])
+        steps += len(by_step)
+        epoch += 1

@@ -71,13 +71,13 @@ th,td{padding-right:10px}table.numbers{font-size:.9rem}}
 """
 
 
-def page(title: str, html: str) -> str:
-    """The whole document."""
+def page(title: str, html: str, *, style: str = "") -> str:
+    """The whole document; `style` is added to the style sheet."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{html}\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n{html}\n</body>\n</html>\n"
     )
 
 

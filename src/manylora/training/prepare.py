@@ -1,21 +1,23 @@
-"""From a configuration to what a run needs: the base, the examples, the adapter and the member."""
+"""From configurations to what a run needs: the base, the examples, the adapters and the members."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from manylora.adapters.adapter import Adapter
-from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
 from manylora.base.language import LanguageBase
 from manylora.base.load import load_base
 from manylora.data.batches import Epochs
 from manylora.errors import BaseMismatch, ConfigError
+from manylora.objectives import OBJECTIVES
 from manylora.tasks import TASKS
 from manylora.training.data import (
+    RunData,
     filling,
     held_out_places,
     object_of,
@@ -25,72 +27,116 @@ from manylora.training.data import (
     tensor_data,
     text_data,
 )
-from manylora.training.member import Member, Recipe, total_steps
+from manylora.training.member import Member, Recipe, steps_for, tokens_of, total_steps
 
 if TYPE_CHECKING:
     from manylora.config import Config
-
-MEMBER = "main"
-"""The name of the only member of a run that is no sweep."""
+    from manylora.spec import AdapterSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Everything that a run needs, checked; nothing has been written yet. `data` is for the manifest."""
+class Stock:
+    """What the members of a run share: the base, opened once, and their examples, each reading of the data made once.
 
-    base: Any
-    bank: Bank
-    member: Member
-    task: Any
-    notes: list[str]
-    data: dict[str, list[dict[str, Any]]]
-
-
-def prepare(config: Config, *, objects: Mapping[str, Any] | None = None, use_cache: bool = True) -> Prepared:
-    """Load the base, read and encode the data, put the adapter into a bank and lay out the member.
-
-    `objects` are the base and the data sets that the configuration names `python:NAME`.
+    `objects` are the base and the data sets that a configuration names `python:NAME`. `facts` say where the rows come
+    from; `notes` are lines for the log, to which each new member adds what has not been said yet.
 
     Raises:
         UserError: whatever of the configuration cannot be had; no file has been written.
     """
-    task = TASKS.get(config.task)
-    objects = objects or {}
-    if task.kinds:
-        sources = open_places(config.data.train, config.data.columns, objects)
-        eval_sources = open_places(held_out_places(config), config.data.columns, objects)
-        base = _language_base(config, objects)
-        if task.causal and not base.causal:
+
+    def __init__(self, config: Config, *, objects: Mapping[str, Any] | None = None, use_cache: bool = True):
+        self.config = config
+        self.task = TASKS.get(config.task)
+        self.objective = OBJECTIVES.get(self.task.objective)
+        self._objects = objects or {}
+        self._use_cache = use_cache
+        self._data: dict[str, RunData] = {}
+        self._opened = self._sources(config)
+        self.base: Any = _language_base(config, self._objects) if self.task.kinds else _module_base(config, self._objects)
+        self.notes: list[str] = list(self.base.notes)
+        if self.task.kinds and self.task.causal and not self.base.causal:
             raise ConfigError(
-                f"the task {config.task} learns to predict the next token, and in {base.name} a token sees the next: "
-                "it would only learn to copy",
+                f"the task {config.task} learns to predict the next token, and in {self.base.name} a token sees the "
+                "next: it would only learn to copy",
                 next_step="choose a base that is a causal language model",
             )
-        row_tokens, notes = _row_tokens(config.train.row_tokens, base)
-        data = text_data(base, sources, eval_sources, reading_of(config, row_tokens), use_cache=use_cache)
-    else:
-        base, row_tokens, notes = _module_base(config, objects), config.train.row_tokens, []
-        data = tensor_data(config, base, objects)
-    data = split_off(config, data)
+        self.facts = self.data(config).facts
 
-    adapter = start_adapter(config, base)
-    bank = Bank(base, num_slots=1)
-    bank.put(adapter, slot=0)
-    epochs = Epochs(data.train, row_tokens=row_tokens, seed=config.train.seed, packs=base.packs, weights=data.weights)
-    member = Member(
-        name=MEMBER,
-        slot=0,
-        seed=config.train.seed,
-        spec=adapter.spec,
-        recipe=make_recipe(config, epochs),
-        epochs=epochs,
-        eval_examples=data.held_out,
-    )
-    counts = f"{len(data.train):,} examples to learn from, {len(data.held_out):,} held out"
-    notes = [*base.notes, *notes, *data.notes, counts]
-    if task.kinds:
-        notes.append(filling(epochs, config.train.rows_per_step))
-    return Prepared(base, bank, member, task, [*notes, *coverage(base, adapter)], data.facts)
+    def data(self, config: Config) -> RunData:
+        """The examples that a configuration names, read and encoded once for all members that name the same."""
+        row_tokens, notes = self._rows_of(config)
+        parts = (config.data.model_dump(mode="json"), row_tokens, _split_seed(config), config.evaluate.max_examples)
+        key = json.dumps(parts, sort_keys=True)
+        if key not in self._data:
+            if self.task.kinds:
+                opened = self._opened if config is self.config else self._sources(config)
+                reading = reading_of(config, row_tokens)
+                data = text_data(self.base, *opened, reading, use_cache=self._use_cache)
+            else:
+                data = tensor_data(config, self.base, self._objects)
+            data = split_off(config, data, _split_seed(config))
+            counts = f"{len(data.train):,} examples to learn from, {len(data.held_out):,} held out"
+            self._say([*notes, *data.notes, counts])
+            self._data[key] = data
+        return self._data[key]
+
+    def member(self, config: Config, name: str) -> tuple[Member, Adapter]:
+        """A member as a configuration describes it, and its fresh adapter.
+
+        Raises:
+            UserError: its data, its adapter or its schedule cannot be had.
+        """
+        data = self.data(config)
+        adapter = start_adapter(config, self.base)
+        member = self._laid_out(config, name, adapter.spec, data)
+        if self.task.kinds:
+            self._say([filling(member.epochs, config.train.rows_per_step)])
+        self._say(coverage(self.base, adapter))
+        return member, adapter
+
+    def full_tokens(self, config: Config) -> int:
+        """Trained tokens of a member that runs to its end."""
+        member = self._laid_out(config, "", config.adapter.spec(), self.data(config))
+        return tokens_of(
+            member.epochs, steps=member.recipe.total_steps, rows_per_step=member.recipe.rows_per_step
+        )
+
+    def _laid_out(self, config: Config, name: str, spec: AdapterSpec, data: RunData) -> Member:
+        row_tokens, seed = self.row_tokens(config), config.train.seed
+        epochs = Epochs(data.train, row_tokens=row_tokens, seed=seed, packs=self.base.packs, weights=data.weights)
+        recipe, notes = make_recipe(config, epochs, self.base)
+        self._say(notes)
+        return Member(
+            name=name,
+            seed=seed,
+            spec=spec,
+            recipe=recipe,
+            epochs=epochs,
+            objective=self.objective,
+            eval_examples=data.held_out,
+        )
+
+    def _sources(self, config: Config) -> tuple[list, list]:
+        if not self.task.kinds:
+            return [], []
+        places = (config.data.train, held_out_places(config))
+        train, held_out = (open_places(own, config.data.columns, self._objects) for own in places)
+        return train, held_out
+
+    def row_tokens(self, config: Config) -> int:
+        """Tokens that a row of a configuration holds: what it asks for, where the base has as many positions."""
+        return self._rows_of(config)[0]
+
+    def _rows_of(self, config: Config) -> tuple[int, list[str]]:
+        asked = config.train.row_tokens
+        return _row_tokens(asked, self.base) if self.task.kinds else (asked, [])
+
+    def _say(self, lines: Sequence[str]) -> None:
+        self.notes += [line for line in lines if line not in self.notes]
+
+
+def _split_seed(config: Config) -> int:
+    return config.train.seed if config.data.split_seed is None else config.data.split_seed
 
 
 def _language_base(config: Config, objects: Mapping[str, Any]) -> LanguageBase:
@@ -158,13 +204,22 @@ def start_adapter(config: Config, base: FrozenModel) -> Adapter:
     return replace(adapter, spec=replace(adapter.spec, dropout=spec.dropout), base_fingerprint=base.fingerprint)
 
 
-def make_recipe(config: Config, epochs: Epochs) -> Recipe:
-    """How a member is trained, with epochs and ratios turned into steps."""
+def make_recipe(config: Config, epochs: Epochs, base: FrozenModel) -> tuple[Recipe, list[str]]:
+    """How a member is trained, with epochs, tokens, ratios and `auto` turned into numbers; and why, for the log."""
     train = config.train
-    steps = train.steps or total_steps(epochs, num_epochs=train.epochs, rows_per_step=train.rows_per_step)
+    if train.tokens is not None:
+        steps = steps_for(epochs, tokens=train.tokens, rows_per_step=train.rows_per_step)
+    else:
+        steps = train.steps or total_steps(epochs, num_epochs=train.epochs, rows_per_step=train.rows_per_step)
     warmup = train.warmup_steps if train.warmup_steps is not None else math.ceil(train.warmup_ratio * steps)
-    return Recipe(
-        learning_rate=train.learning_rate,
+    rate, notes = train.learning_rate, []
+    if rate == "auto":
+        from manylora.training.rates import auto_rate
+
+        rate, reason = auto_rate(base, method=config.adapter.method, rows_per_step=train.rows_per_step, total_steps=steps)
+        notes = [reason]
+    recipe = Recipe(
+        learning_rate=rate,
         schedule=train.schedule,
         total_steps=steps,
         warmup=warmup,
@@ -177,8 +232,11 @@ def make_recipe(config: Config, epochs: Epochs) -> Recipe:
         epsilon=train.epsilon,
         clip_norm=train.clip_norm,
         evaluate_every=config.evaluate.every_steps,
+        evaluate_at=config.evaluate.at_tokens,
         patience=config.checkpoint.early_stop_patience,
+        stop_after=train.stop_after,
     )
+    return recipe, notes
 
 
 def coverage(base: FrozenModel, adapter: Adapter) -> list[str]:

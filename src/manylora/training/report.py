@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -24,14 +24,14 @@ MOST_FAINT_CURVES = 3
 """Members up to which a noisy curve shows its single steps behind its running mean."""
 FEWEST_TO_SMOOTH = 100
 """Points below which the running mean would be the curve itself."""
-NOT_METRICS = {"event", "member", "step", "time", "tokens", "tokens_per_s", "memory_bytes", "wall_s"}
+NOT_METRICS = {"event", "member", "step", "tick", "time", "tokens", "tokens_per_s", "memory_bytes", "wall_s"}
 TITLES = {"loss": "Loss", "perplexity": "Perplexity", "bleu": "BLEU", "chrf": "chrF", "ter": "TER"}
 
 Numbers = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class RunFiles:
     """What a run folder holds; a file that is not there yet is empty here."""
 
     folder: Path
@@ -49,31 +49,67 @@ class _Run:
         return list(dict.fromkeys([*named, *self.summary.get("adapters", {})]))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """What the page of a run of many members shows where a single one shows its own state, numbers and curves.
+
+    `facts` are tiles of (name, value, remark), `html` the sections in the place of the curves, `style` the rules that
+    they add to the style sheet. `member` is the one whose results are shown, None while there is none.
+    """
+
+    kind: str
+    state: str
+    facts: Sequence[tuple[str, str, str]]
+    html: Sequence[str]
+    style: str
+    member: str | None
+
+
 def write_report(run: str | Path) -> Path:
     """Write a run folder's report.html and return where it is; what the run has not written yet is left out.
 
     Raises:
         CheckpointBroken: events.jsonl is damaged before its last line. DiskFull: no space.
     """
-    found = _read(Path(run))
+    return write_page(read_run(run))
+
+
+def write_page(run: RunFiles, overview: Overview | None = None) -> Path:
+    """Write report.html from what was read, and return where it is.
+
+    Raises:
+        DiskFull: no space.
+    """
+    member = overview.member if overview else None
+    curves = overview.html if overview else (section("Curves", legend(run.members()), _curves(run)),)
     parts = [
-        _header(found),
-        section("Results", _results(found)),
-        section("Curves", legend(found.members()), _curves(found)),
-        section("Before and after", *_samples(found)),
-        section("Use the adapter", _usage(found)),
-        section("Settings", folded("config.yaml", code(found.config)) if found.config else ""),
-        section("Machine and versions", _manifest(found)),
+        _header(run, overview),
+        # of many members, the winner's results come after the leaderboard that says why it is the winner
+        *(curves if overview else ()),
+        section(f"Results of {member}" if member else "Results", _results(run, member)),
+        *(() if overview else curves),
+        section("Before and after", *_samples(run)),
+        section("Use the adapter", _usage(run)),
+        section("Settings", folded("config.yaml", code(run.config)) if run.config else ""),
+        section("Machine and versions", _manifest(run)),
         "<footer>Written by manylora from the files in this folder. Hover over a curve for its numbers.</footer>",
     ]
-    path = found.folder / FILE_NAME
-    write_text_atomic(path, page(f"{found.folder.name} - manylora", "\n".join(part for part in parts if part)))
+    path = run.folder / FILE_NAME
+    html = "\n".join(part for part in parts if part)
+    style = overview.style if overview else ""
+    write_text_atomic(path, page(f"{run.folder.name} - manylora", html, style=style))
     return path
 
 
-def _read(run: Path) -> _Run:
+def read_run(run: str | Path) -> RunFiles:
+    """What a run folder holds, also while the run goes on.
+
+    Raises:
+        CheckpointBroken: events.jsonl is damaged before its last line.
+    """
+    run = Path(run)
     config = run / "config.yaml"
-    return _Run(
+    return RunFiles(
         folder=run.absolute(),
         events=read_events(run),
         summary=_read_json(run / "summary.json"),
@@ -95,26 +131,33 @@ def _read_samples(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _header(run: _Run) -> str:
+def _header(run: RunFiles, overview: Overview | None) -> str:
     times = [record["time"] for record in run.events if "time" in record]
     when = f"{datetime.fromtimestamp(times[-1], UTC):%Y-%m-%d %H:%M} UTC" if times else ""
-    steps = max((record["step"] for record in run.of("step")), default=0)
-    state = "finished" if run.summary else f"unfinished, {steps:,} steps so far"
+    state, ends = (overview.state, []) if overview else (_state(run), _ends(run))
     line = ", ".join(part for part in (_setup(run), state, when) if part)
-    ends = [_early_end(record) for record in [*run.of("retired"), *run.of("done")] if record.get("reason")]
     return "\n".join(
         [
-            '<header>\n<div class="kicker">manylora run</div>',
+            f'<header>\n<div class="kicker">manylora {escape(overview.kind if overview else "run")}</div>',
             f"<h1>{escape(run.folder.name)}</h1>",
             paragraph(line, "soft"),
             *(paragraph(text, "notice") for text in ends),
-            tiles(_headline(run)),
+            tiles(overview.facts if overview else _headline(run)),
             "</header>",
         ]
     )
 
 
-def _setup(run: _Run) -> str:
+def _state(run: RunFiles) -> str:
+    steps = max((record["step"] for record in run.of("step")), default=0)
+    return "finished" if run.summary else f"unfinished, {steps:,} steps so far"
+
+
+def _ends(run: RunFiles) -> list[str]:
+    return [_early_end(record) for record in [*run.of("retired"), *run.of("done")] if record.get("reason")]
+
+
+def _setup(run: RunFiles) -> str:
     """One phrase for what was trained on what."""
     import yaml
 
@@ -134,7 +177,7 @@ def _early_end(record: Mapping[str, Any]) -> str:
     return f"{record.get('member', 'A member')} {ended} after step {record.get('step', '?')}: {record['reason']}"
 
 
-def _headline(run: _Run) -> Iterator[tuple[str, str, str]]:
+def _headline(run: RunFiles) -> Iterator[tuple[str, str, str]]:
     bases = _by_member(run.summary.get("base_eval"))
     scores = _by_member(run.summary.get("eval"))
     if len(scores) == 1:
@@ -163,10 +206,12 @@ def _headline(run: _Run) -> Iterator[tuple[str, str, str]]:
         yield "Trained weights", short_number(count), share
 
 
-def _results(run: _Run) -> str:
+def _results(run: RunFiles, only: str | None) -> str:
     bases = _by_member(run.summary.get("base_eval"))
     rows = []
     scores = _by_member(run.summary.get("eval"))
+    if only in scores:
+        scores = {only: scores[only]}
     for member, numbers in scores.items():
         base = _base_of(bases, member)
         for name, value in numbers.items():
@@ -179,7 +224,7 @@ def _results(run: _Run) -> str:
     return table(("on the held-out rows", "base", "adapter", "change"), rows, "numbers")
 
 
-def _curves(run: _Run) -> str:
+def _curves(run: RunFiles) -> str:
     members, steps, evals = run.members(), run.of("step"), [_flat(record) for record in run.of("eval")]
     end = float(max((record.get("step", 0) for record in [*steps, *evals]), default=0))
     noisy: Literal["over", "only"] = "over" if len(members) <= MOST_FAINT_CURVES else "only"
@@ -203,15 +248,19 @@ def _lines(
     members: list[str], records: list[dict[str, Any]], name: str, mean: Literal["no", "over", "only"] = "no"
 ) -> list[Curve]:
     """One curve a member, coloured by its place among all members, so that a colour means the same in every chart."""
+    found: dict[str, dict[int, float]] = {}
+    for record in records:
+        if _is_number(record.get(name)):
+            found.setdefault(str(record.get("member")), {})[record["step"]] = record[name]
     curves = []
     for colour, member in enumerate(members):
-        own = {r["step"]: r[name] for r in records if str(r.get("member")) == member and _is_number(r.get(name))}
+        own = found.get(member, {})
         label = member if len(members) > 1 else ""
         curves.append(Curve(label, sorted(own.items()), colour, mean if len(own) >= FEWEST_TO_SMOOTH else "no"))
     return curves
 
 
-def _samples(run: _Run) -> Iterator[str]:
+def _samples(run: RunFiles) -> Iterator[str]:
     for sample in run.samples[:MOST_SAMPLES]:
         sides = [("Reference", "reference", ""), ("Base", "base", ""), ("Adapter", "adapter", "after")]
         several = len(run.members()) > 1
@@ -232,11 +281,11 @@ def _text(value: Any) -> str:
     return f'<div class="text">{escape(text) or "&nbsp;"}</div>'
 
 
-def _usage(run: _Run) -> str:
+def _usage(run: RunFiles) -> str:
     adapters = run.summary.get("adapters", {})
     if not adapters:
         return ""
-    path = str(next(iter(adapters.values())))
+    path = str(next(iter(adapters.values())))  # of several, the winner stands first
     folder, config = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / "config.yaml"))
     prompt = str(run.samples[0].get("prompt", "")) if run.samples else ""
     if not prompt.isprintable() or not 0 < len(prompt) <= LONGEST_PROMPT_TO_TYPE:
@@ -253,7 +302,7 @@ def _usage(run: _Run) -> str:
     return code("\n".join(commands)) + code(python)
 
 
-def _manifest(run: _Run) -> str:
+def _manifest(run: RunFiles) -> str:
     rows = [(name, _plain(value)) for name, value in _flat(run.manifest).items()]
     return folded("manifest.json", table((), rows, "facts"))
 

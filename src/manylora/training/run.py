@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.adapters.adapter import Adapter
+from manylora.adapters.bank import Bank
+from manylora.errors import ConfigError
 from manylora.evaluation.evaluate import evaluate_loss, evaluate_text
 from manylora.files import write_json_atomic, write_text_atomic
-from manylora.objectives import OBJECTIVES
 from manylora.tasks.task import Sample
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.console import Progress
 from manylora.training.events import EventLog
 from manylora.training.folder import RunFolder
-from manylora.training.loop import Loop, LoopSettings
+from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
+from manylora.training.member import Member
 from manylora.training.memory import peak_bytes
-from manylora.training.prepare import Prepared, prepare
+from manylora.training.prepare import Stock
 from manylora.training.report import write_report
+from manylora.training.source import Given, Source
 from manylora.training.trackers import Trackers
 
 if TYPE_CHECKING:
+    from manylora.base.frozen import FrozenModel
     from manylora.config import Config
+
+MEMBER = "main"
+"""The name of the only member of a run that is no sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,7 @@ class RunRecorder:
             numbers = {
                 prefix + key: value
                 for key, value in fields.items()
-                if key not in ("member", "step") and isinstance(value, int | float)
+                if key not in ("member", "step", "tick") and isinstance(value, int | float)
             }
             self._trackers.log(fields["member"], fields["step"], numbers)
 
@@ -91,56 +99,104 @@ def train(
         UserError: the configuration, the base or the data cannot be used; nothing has been written then.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
+    if config.sweep is not None:
+        raise ConfigError(
+            "this configuration is a sweep: it has the section sweep",
+            next_step="manylora sweep CONFIG.yaml, or leave the section out with --set sweep=null",
+        )
     console = console or Progress(quiet=True)
     folder = RunFolder(config.output)
-    if resume:
-        folder.check_resumable(config)
-        summary = folder.finished()
-        if summary is not None:
-            console.note(f"{folder.path} is finished")
-            return Result(folder.path, summary)
-    else:
-        folder.check_free()
-    prepared = prepare(config, objects=objects, use_cache=use_cache)
+    finished = folder.open(config, resume)
+    if finished is not None:
+        console.note(f"{folder.path} is finished")
+        return Result(folder.path, finished)
+    stock = Stock(config, objects=objects, use_cache=use_cache)
+    made = stock.member(config, MEMBER)
+    for note in stock.notes:
+        console.note(note)
+    folder.begin(config)
+    folder.write_manifest(stock.base, stock.facts)
+    began = time.perf_counter()
+
+    def recorder(log: EventLog, trackers: Trackers) -> Recorder:
+        console.start(made[0].recipe.last_step, done=made[0].step)
+        return RunRecorder(log, trackers, console)
+
     try:
-        for note in prepared.notes:
-            console.note(note)
-        folder.begin(config)
-        return _run(config, folder, prepared, resume, console)
+        loop = run_loop(
+            stock,
+            folder,
+            Given([MEMBER]),
+            lambda name: made,
+            recorder,
+            resume=resume,
+            hand=lambda member, adapter: save_member(config, adapter, folder.adapter(member.name), stock.base),
+        )
     finally:
-        prepared.bank.close()
+        console.close()
+    wall = time.perf_counter() - began
+    member = made[0]
+    if member.name in loop.ended:
+        member.restore(loop.ended[member.name])
+    kept = config.checkpoint.select == "eval_loss" and member.best_step
+    if kept and member.best_step != member.step:
+        console.note(
+            f"the state of step {member.best_step} is kept: it has the lowest eval loss, {member.best_loss:.4f}"
+        )
+    summary = _finish(config, folder, stock, member, wall, console)
+    return Result(folder.path, summary)
 
 
-def _run(config: Config, folder: RunFolder, prepared: Prepared, resume: bool, console: Progress) -> Result:
-    base, member = prepared.base, prepared.member
-    folder.write_manifest(base, prepared.data)
-    objective = OBJECTIVES.get(prepared.task.objective)
-    settings = LoopSettings(checkpoint_every=config.checkpoint.every_steps, select=config.checkpoint.select)
+def run_loop(
+    stock: Stock,
+    folder: RunFolder,
+    source: Source,
+    make: Make,
+    recorder: Callable[[EventLog, Trackers], Recorder],
+    *,
+    hand: Hand,
+    resume: bool = False,
+    num_slots: int = 1,
+    budget_tokens: int | None = None,
+) -> Loop:
+    """Train the members of a source in a run's folder until all have ended, and give the loop back.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written. UserError: see `Loop`.
+    """
+    config = stock.config
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+    settings = LoopSettings(
+        checkpoint_every=config.checkpoint.every_steps, select=config.checkpoint.select, budget_tokens=budget_tokens
+    )
     done = checkpoints.last() if resume else None
-    with EventLog(folder.path) as log:
+    told: Recorder | None = None
+    early: list[str] = []  # said before there is anyone to tell
+
+    def note(text: str) -> None:
+        early.append(text) if told is None else told.note(text)
+
+    with EventLog(folder.path) as log, Bank(stock.base, num_slots=num_slots):
         if resume:
             log.truncate_after(done or 0)
-            console.note(f"resumes at step {done}" if done else "no checkpoint yet: begins at step 0")
+            note(f"resumes at step {done}" if done else "no checkpoint yet: begins at step 0")
         resume_step = (done or 0) if resume else None
-        trackers = Trackers(config.track, folder.path, config.to_dict(), note=console.note, resume_step=resume_step)
-        loop = Loop(base, objective, [member], RunRecorder(log, trackers, console), checkpoints, settings)
-        if done:
-            loop.resume()
-        started = time.perf_counter()
-        console.start(member.recipe.total_steps, done=member.step)
+        trackers = Trackers(config.track, folder.path, config.to_dict(), note=note, resume_step=resume_step)
+        told = recorder(log, trackers)
+        for line in early:
+            told.note(line)
+        loop = Loop(stock.base, source, make, told, checkpoints=checkpoints, settings=settings, hand=hand)
         try:
+            if done:
+                loop.resume()
             with interruptible() as interrupted:
                 loop.run(interrupted)
         except KeyboardInterrupt:
-            console.note(f"interrupted at step {loop.tick}; --resume goes on from step {loop.saved_at or 0}")
+            told.note(f"interrupted at step {loop.tick}; --resume goes on from step {loop.saved_at or 0}")
             raise
         finally:
-            console.close()
             trackers.close()
-        wall = time.perf_counter() - started
-        summary = _finish(config, folder, prepared, loop, wall, console)
-    return Result(folder.path, summary)
+    return loop
 
 
 @contextmanager
@@ -165,27 +221,15 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _finish(
-    config: Config, folder: RunFolder, prepared: Prepared, loop: Loop, wall: float, console: Progress
+    config: Config, folder: RunFolder, stock: Stock, member: Member, wall: float, console: Progress
 ) -> dict[str, Any]:
-    """Choose the state, measure base and adapter on the held-out rows, and write adapter, summary and report."""
-    base, bank, member = prepared.base, prepared.bank, prepared.member
-    adapter = bank.get(member.slot)
-    if member.name in loop.best:
-        adapter = replace(adapter, factors=loop.best[member.name])
-        bank.put(adapter, slot=member.slot)
-        if member.best_step != member.step:
-            console.note(
-                f"the state of step {member.best_step} is kept: it has the lowest eval loss, {member.best_loss:.4f}"
-            )
-    path = folder.adapter(member.name)
-    if not path.exists():
-        save_member(config, adapter, path, prepared)
+    """Measure base and adapter on the held-out rows, and write summary and report."""
+    base, path = stock.base, folder.adapter(member.name)
+    adapter = Adapter.load(path)
     scores: dict[str, dict[str, Any]] = {}
-    samples: list[dict[str, Any]] = []
     if member.eval_examples:
         console.note("evaluating base and adapter on the held-out rows")
-        scores, samples = compare(config, prepared)
-    write_text_atomic(folder.path / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+        scores = compare(config, stock, adapter, folder, member.name)
     summary = {
         "run": str(folder.path),
         "adapters": {member.name: str(path)},
@@ -206,46 +250,58 @@ def _finish(
     return summary
 
 
-def save_member(config: Config, adapter: Adapter, path: Path, prepared: Prepared) -> None:
-    """Write the adapter's folder with the configuration that retrains it alone."""
-    adapter.save(path, prepared.base)
+def save_member(config: Config, adapter: Adapter, path: Path, base: FrozenModel) -> None:
+    """Write the adapter's folder with the configuration that trains it alone; one that lies there already is the same.
+
+    A resumed run ends a member a second time when it was stopped between that end and its next checkpoint.
+    """
+    if (path / "config.yaml").exists():
+        return
+    if path.exists():
+        shutil.rmtree(path)  # of this very run, which was killed while it wrote
+    adapter.save(path, base)
     alone = config.model_copy(update={"output": config.output.with_name(config.output.name + "-again")})
     write_text_atomic(path / "config.yaml", alone.to_yaml())
 
 
-def compare(config: Config, prepared: Prepared) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Scores of the held-out rows for `base` and `adapter`, and samples of what each writes."""
-    base, member = prepared.base, prepared.member
+def compare(
+    config: Config, stock: Stock, adapter: Adapter, folder: RunFolder, member: str
+) -> dict[str, dict[str, Any]]:
+    """Scores of a configuration's held-out rows for `base` and `adapter`; what each writes goes to samples.jsonl."""
+    base, held_out, row_tokens = stock.base, stock.data(config).held_out, stock.row_tokens(config)
     scores: dict[str, dict[str, Any]] = {}
     written: dict[str, list[Sample]] = {}
-    for who, slot in (("base", -1), ("adapter", member.slot)):
-        scores[who] = evaluate_loss(
-            base,
-            member.eval_examples,
-            slot=slot,
-            row_tokens=member.epochs.row_tokens,
-            rows_per_batch=config.train.rows_per_step,
-            objective=OBJECTIVES.get(prepared.task.objective),
-        )
-        if any(example.prompt_length for example in member.eval_examples):
-            metrics, found = evaluate_text(
+    with Bank(base, num_slots=1) as bank:
+        bank.put(adapter, slot=0)
+        for who, slot in (("base", -1), ("adapter", 0)):
+            scores[who] = evaluate_loss(
                 base,
-                member.eval_examples,
+                held_out,
                 slot=slot,
-                max_new_tokens=config.evaluate.max_new_tokens,
-                temperature=config.evaluate.temperature,
-                task=prepared.task,
+                row_tokens=row_tokens,
+                rows_per_batch=config.train.rows_per_step,
+                objective=stock.objective,
             )
-            scores[who] |= metrics
-            written[who] = found[: config.evaluate.samples]
+            if any(example.prompt_length for example in held_out):
+                metrics, found = evaluate_text(
+                    base,
+                    held_out,
+                    slot=slot,
+                    max_new_tokens=config.evaluate.max_new_tokens,
+                    temperature=config.evaluate.temperature,
+                    task=stock.task,
+                )
+                scores[who] |= metrics
+                written[who] = found[: config.evaluate.samples]
     samples = [
         {
             "prompt": own.prompt,
             "reference": own.references[0],
             "base": bare.text,
             "adapter": own.text,
-            "member": member.name,
+            "member": member,
         }
         for bare, own in zip(written.get("base", []), written.get("adapter", []), strict=True)
     ]
-    return scores, samples
+    write_text_atomic(folder.path / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    return scores

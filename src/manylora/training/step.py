@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from manylora.base.frozen import FrozenModel
 from manylora.data.collate import batch_of
+from manylora.data.packing import row_width
 from manylora.errors import OutOfMemory
 from manylora.training.member import Member
 from manylora.training.optim.stacked import StackedOptimizer, drop_gradients, gradient_norms
-from manylora.types import Batch, Objective
+from manylora.training.plan import Step, deal
+from manylora.types import IGNORED, Batch, Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,76 +32,87 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    member: Member
-    examples: list[Any]
-    stream: int
+def micro_batches(members: Sequence[Member], base: FrozenModel, budget_tokens: int | None = None) -> list[Batch]:
+    """The batches of the members' present steps, as `plan.deal` shares out their rows.
 
-
-def micro_batches(members: Sequence[Member], base: FrozenModel) -> list[Batch]:
-    """The batches of the members' present steps: part k of every member's rows stands in batch k.
-
-    A member's rows are cut into `accumulate` parts; batches have no say in what is computed, only in how much at once.
+    Batches have no say in what is computed, only in how much at once: at most `budget_tokens` (None: any number).
     """
-    parts: list[list[_Row]] = []
-    for member in members:
-        rows = member.rows(member.step)
-        streams = member.streams(member.step, len(rows))
-        size = math.ceil(len(rows) / member.recipe.accumulate)
-        for index, (examples, stream) in enumerate(zip(rows, streams, strict=True)):
-            while index // size >= len(parts):
-                parts.append([])
-            parts[index // size].append(_Row(member, examples, stream))
+    rows = [member.rows(member.step) for member in members]
+    streams = [member.streams(member.step, len(own)) for member, own in zip(members, rows, strict=True)]
+    steps = [
+        Step(tuple(row_width(sum(map(len, row)), member.epochs.row_tokens) for row in own), member.recipe.accumulate)
+        for member, own in zip(members, rows, strict=True)
+    ]
     return [
         batch_of(
-            [row.examples for row in part],
+            [rows[which][row] for which, row in part],
             base,
-            width=max(row.member.epochs.row_tokens for row in part),
-            slots=[row.member.slot for row in part],
-            streams=[row.stream for row in part],
+            width=max(members[which].epochs.row_tokens for which, _ in part),
+            slots=[members[which].slot for which, _ in part],
+            streams=[streams[which][row] for which, row in part],
         )
-        for part in parts
+        for part in deal(steps, budget_tokens)
     ]
 
 
-def backward(base: FrozenModel, objective: Objective, batches: Sequence[Batch], slots: Sequence[int]) -> list[float]:
-    """Add the gradients of the batches to the bank's factors; the summed loss of each slot over its summed weight.
+def backward(base: FrozenModel, objectives: Mapping[int, Objective], batches: Sequence[Batch]) -> dict[int, float]:
+    """Add the gradients of the batches to the bank's factors; by slot, the summed loss over the summed weight.
 
-    Each slot's denominator is the weight of its own rows over all batches, known before the first forward: so any
-    split of the rows gives the same gradients, and neighbours share nothing.
+    `objectives` are those of the slots. Each slot's denominator is the weight of its own rows over all batches, known
+    before the first forward: so any split of the rows gives the same gradients, and neighbours share nothing.
     """
-    place = {slot: index for index, slot in enumerate(slots)}
-    weights = [objective.weight(batch) for batch in batches]
-    sums = torch.zeros(len(slots), dtype=torch.float64)
-    for batch, weight in zip(batches, weights, strict=True):
-        sums.index_add_(0, torch.tensor([place[slot] for slot in batch.slots]), weight.double().cpu())
-    losses = torch.zeros(len(slots), dtype=torch.float64, device=base.device)
-    for batch in batches:
-        held = batch.to(base.device)
+    place = {slot: index for index, slot in enumerate(objectives)}
+    parts = [_by_objective(objectives, batch) for batch in batches]
+    sums = torch.zeros(len(place), dtype=torch.float64)
+    for batch, part in zip(batches, parts, strict=True):
+        index = torch.tensor([place[slot] for slot in batch.slots])
+        for objective, own in part:
+            sums.index_add_(0, index, objective.weight(own).double().cpu())
+    losses = torch.zeros(len(place), dtype=torch.float64, device=base.device)
+    for batch, part in zip(batches, parts, strict=True):
         index = torch.tensor([place[slot] for slot in batch.slots], device=base.device)
         with base.bank.route(batch.slots, batch.streams):
-            totals = objective(base.outputs(held), held).total
+            outputs = base.outputs(batch.to(base.device))
+            totals = sum(objective(outputs, own.to(base.device)).total for objective, own in part)
+        assert isinstance(totals, torch.Tensor)
         share = (1.0 / sums.clamp(min=1e-300)).to(base.device)[index].to(totals.dtype)
         (totals * share).sum().backward()
         losses.index_add_(0, index, totals.detach().double())
-    return (losses.cpu() / sums).tolist()
+    means = (losses.cpu() / sums).tolist()
+    return {slot: means[index] for slot, index in place.items()}
+
+
+def _by_objective(objectives: Mapping[int, Objective], batch: Batch) -> list[tuple[Objective, Batch]]:
+    """Each objective of a batch with the batch in which only the rows of its own slots supervise anything."""
+    of_rows = [objectives[slot] for slot in batch.slots]
+    distinct = list(dict.fromkeys(of_rows))
+    if len(distinct) == 1:
+        return [(distinct[0], batch)]
+    labels = batch.targets["labels"]
+    found = []
+    for objective in distinct:
+        others = torch.tensor([one is not objective for one in of_rows]).view(-1, *(1,) * (labels.dim() - 1))
+        own = {**batch.targets, "labels": labels.masked_fill(others, IGNORED)}
+        found.append((objective, replace(batch, targets=own)))
+    return found
 
 
 def train_step(
-    base: FrozenModel, objective: Objective, optimizers: Mapping[str, StackedOptimizer], members: Sequence[Member]
+    base: FrozenModel,
+    optimizers: Mapping[str, StackedOptimizer],
+    members: Sequence[Member],
+    budget_tokens: int | None = None,
 ) -> dict[str, StepResult]:
-    """One step of every member given, each by the optimiser its recipe names.
+    """One step of every member given, each by its own objective and by the optimiser its recipe names.
 
     A member whose loss or gradient is not finite is not updated.
 
     Raises:
         OutOfMemory: the machine does not hold the step.
     """
-    batches = micro_batches(members, base)
-    slots = [member.slot for member in members]
+    batches = micro_batches(members, base, budget_tokens)
     try:
-        losses = backward(base, objective, batches, slots)
+        losses = backward(base, {member.slot: member.objective for member in members}, batches)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -111,12 +123,17 @@ def train_step(
             next_step="raise train.accumulate (same result, less at once), or lower train.row_tokens",
         ) from error
     norms = gradient_norms(base.bank)
-    results: dict[str, StepResult] = {}
-    for member, loss in zip(members, losses, strict=True):
-        rows = [(b, r) for b in batches for r, slot in enumerate(b.slots) if slot == member.slot]
-        trained = sum(int(b.targets["labels"][r].ge(0).sum()) for b, r in rows)
-        computed = sum(b.targets["labels"][r].numel() for b, r in rows)
-        results[member.name] = StepResult(loss, norms[member.slot], trained, computed)
+    trained, computed = dict.fromkeys(losses, 0), dict.fromkeys(losses, 0)
+    for batch in batches:
+        labels = batch.targets["labels"]
+        counts = labels.ge(0).view(len(labels), -1).sum(dim=1).tolist()
+        for slot, count in zip(batch.slots, counts, strict=True):
+            trained[slot] += count
+            computed[slot] += labels[0].numel()
+    results = {
+        member.name: StepResult(losses[member.slot], norms[member.slot], trained[member.slot], computed[member.slot])
+        for member in members
+    }
     for name, optimizer in optimizers.items():
         chosen = [member for member in members if member.recipe.optimizer == name and results[member.name].finite]
         optimizer.step({member.slot: member.update() for member in chosen}, norms)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from manylora.training.optim.stacked import StackedOptimizer
+from manylora.training.optim.stacked import SlotUpdate, StackedOptimizer
 
 
 class Sgd(StackedOptimizer):
@@ -17,6 +17,9 @@ class Sgd(StackedOptimizer):
 
     state_names = ("velocity",)
 
-    def rule(self, value: Tensor, grad: Tensor, state: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> None:
-        state["velocity"].mul_(vectors["beta1"]).add_(grad)
-        value.mul_(vectors["decay"]).sub_(vectors["rate"] * state["velocity"])
+    def rule(
+        self, values: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], update: SlotUpdate
+    ) -> None:
+        for value, grad, velocity in zip(values, grads, state["velocity"], strict=True):
+            velocity.mul_(update.betas[0]).add_(grad)
+            value.mul_(1.0 - update.rate * update.weight_decay).add_(velocity, alpha=-update.rate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,22 +29,40 @@ class SlotUpdate:
 
 
 def gradient_norms(bank: Bank) -> list[float]:
-    """The Euclidean norm of each slot's gradient, 0 without one; NaN or inf where the gradient is."""
-    squares = torch.zeros(bank.num_slots, dtype=torch.float64, device=bank.base.device)
+    """The Euclidean norm of each slot's gradient, 0 without one; NaN or inf where the gradient is.
+
+    Norms of tensors are taken in the factors' own dtype, as torch.nn.utils.clip_grad_norm_ does, and added in float64.
+    """
+    owners: list[int] = []
+    norms: list[Tensor] = []
     for stack in bank.stacks.values():
-        places = [place for place, slot in enumerate(stack.slots) if slot != -1]
-        owners = torch.tensor([stack.slots[place] for place in places], device=bank.base.device)
         for tensor in stack.tensors.values():
-            if tensor.grad is not None and places:
-                grad = tensor.grad if len(places) == len(stack.slots) else tensor.grad[places]
-                squares.index_add_(0, owners, grad.flatten(1).double().pow(2).sum(dim=1))
-    return squares.sqrt().tolist()
+            if tensor.grad is not None:
+                owners += stack.slots
+                norms.append(torch.linalg.vector_norm(tensor.grad.flatten(1), dim=1))
+    # Free places, whose slot is -1, add up behind the last slot.
+    squares = torch.zeros(bank.num_slots + 1, dtype=torch.float64, device=bank.base.device)
+    if norms:
+        index = torch.tensor(owners, device=squares.device) % (bank.num_slots + 1)
+        squares.index_add_(0, index, torch.cat(norms).double().square())
+    return squares[:-1].sqrt().tolist()
 
 
 def drop_gradients(bank: Bank) -> None:
     for stack in bank.stacks.values():
         for tensor in stack.tensors.values():
             tensor.grad = None
+
+
+class _Work:
+    """Tensors that are updated by the same settings, in columns: values, gradients, and each state."""
+
+    def __init__(self, num_columns: int):
+        self.columns: list[list[Tensor]] = [[] for _ in range(num_columns)]
+
+    def add(self, tensors: list[Tensor]) -> None:
+        for column, tensor in zip(self.columns, tensors, strict=True):
+            column.append(tensor)
 
 
 class StackedOptimizer:
@@ -59,33 +77,44 @@ class StackedOptimizer:
         self.bank = bank
         self._state: dict[tuple[int, str, str], Tensor] = {}
 
-    def rule(self, value: Tensor, grad: Tensor, state: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> None:
-        """Update `value` (G, ...) and `state` in place; `vectors` hold (G, 1, ...) settings of each place."""
+    def rule(
+        self, values: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], update: SlotUpdate
+    ) -> None:
+        """Update the values and the state in place, all by the same settings; the gradients are clipped already."""
         raise TypeError(f"{type(self).__name__} states no rule")
 
     @torch.no_grad()
     def step(self, updates: Mapping[int, SlotUpdate], norms: list[float]) -> None:
-        """Update the slots named, each by its own settings; `norms` are the gradient's norms by slot."""
+        """Update the slots named, each by its own settings; `norms` are the gradient's norms by slot.
+
+        The gradients of the slots named are clipped in place, as torch.nn.utils.clip_grad_norm_ does.
+        """
+        clips = {slot: _clip_factor(update, norms[slot]) for slot, update in updates.items()}
+        # What the rule reads of a slot's settings; where they are equal, slots are updated in one call.
+        alike = {slot: replace(update, clip_norm=None) for slot, update in updates.items()}
+        work: dict[SlotUpdate, _Work] = {}
         for stack in self.bank.stacks.values():
             places = [place for place, slot in enumerate(stack.slots) if slot in updates]
-            if places:
-                self._step_stack(stack, places, [updates[stack.slots[place]] for place in places], norms)
-
-    def _step_stack(self, stack: Stack, places: list[int], updates: list[SlotUpdate], norms: list[float]) -> None:
-        whole = len(places) == len(stack.slots)
-        clips = [_clip_factor(update, norms[stack.slots[place]]) for place, update in zip(places, updates, strict=True)]
-        for name, tensor in stack.tensors.items():
-            grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-            state = {key: self._tensor(stack, name, key) for key in self.state_names}
-            vectors = _vectors(updates, clips, tensor)
-            if whole:
-                self.rule(tensor, grad * vectors["clip"], state, vectors)
+            if not places:
                 continue
-            value, part = tensor[places], {key: held[places] for key, held in state.items()}
-            self.rule(value, grad[places] * vectors["clip"], part, vectors)
-            tensor[places] = value
-            for key, held in state.items():
-                held[places] = part[key]
+            settings = [alike[stack.slots[place]] for place in places]
+            whole = len(places) == len(stack.slots) and len(set(settings)) == 1
+            factors = [clips.get(slot, 1.0) for slot in stack.slots]
+            for name, tensor in stack.tensors.items():
+                grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous()
+                if any(factor != 1.0 for factor in factors):
+                    shape = (len(factors),) + (1,) * (grad.dim() - 1)
+                    grad.mul_(torch.tensor(factors, dtype=grad.dtype, device=grad.device).view(shape))
+                columns = [tensor, grad, *(self._tensor(stack, name, key) for key in self.state_names)]
+                if whole:
+                    work.setdefault(settings[0], _Work(len(columns))).add(columns)
+                    continue
+                by_place = [column.unbind(0) for column in columns]
+                for place, setting in zip(places, settings, strict=True):
+                    work.setdefault(setting, _Work(len(columns))).add([column[place] for column in by_place])
+        for setting, found in work.items():
+            values, grads, *state = found.columns
+            self.rule(values, grads, dict(zip(self.state_names, state, strict=True)), setting)
 
     def _tensor(self, stack: Stack, name: str, key: str) -> Tensor:
         """A tensor of state as large as the stack's; places that the stack gained since start at zero."""
@@ -137,20 +166,3 @@ class StackedOptimizer:
 def _clip_factor(update: SlotUpdate, norm: float) -> float:
     """Source: torch.nn.utils.clip_grad_norm_, whose 1e-6 keeps the quotient finite."""
     return 1.0 if update.clip_norm is None else min(1.0, update.clip_norm / (norm + 1e-6))
-
-
-def _vectors(updates: list[SlotUpdate], clips: list[float], like: Tensor) -> dict[str, Tensor]:
-    columns = {
-        "clip": clips,
-        "rate": [update.rate for update in updates],
-        "decay": [1.0 - update.rate * update.weight_decay for update in updates],
-        "beta1": [update.betas[0] for update in updates],
-        "beta2": [update.betas[1] for update in updates],
-        "correction1": [1.0 - update.betas[0] ** update.step for update in updates],
-        "correction2": [(1.0 - update.betas[1] ** update.step) ** 0.5 for update in updates],
-        "epsilon": [update.epsilon for update in updates],
-    }
-    shape = (len(updates),) + (1,) * (like.dim() - 1)
-    return {
-        key: torch.tensor(column, dtype=like.dtype, device=like.device).view(shape) for key, column in columns.items()
-    }

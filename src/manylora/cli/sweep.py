@@ -1,0 +1,61 @@
+"""`manylora sweep`: many members over one base, and the best of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from manylora.cli.opened import UseCache
+from manylora.cli.output import AsJson, Output
+from manylora.cli.train import show_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(help="A YAML file with a section sweep.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace one key; may be repeated. Paths: from here."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")
+    ] = False,
+    use_cache: UseCache = True,
+    as_json: AsJson = False,
+) -> None:
+    """Search for the best settings: many adapters train at once, the weak are stopped early.
+
+    The section sweep of CONFIG says what varies; `manylora train --keys` lists its keys. The run folder holds every
+    member's adapter, the leaderboard, a report, and the winner in adapters/best.
+    """
+    from manylora.config import load_config
+    from manylora.sweep.board import Board
+    from manylora.sweep.run import sweep as run_sweep
+
+    output = Output(as_json)
+    result = run_sweep(load_config(config, overrides or ()), resume=resume, board=Board(), use_cache=use_cache)
+    show_sweep(output, result.run, result.summary)
+    output.finish(result.summary)
+
+
+def show_sweep(output: Output, run: Path, summary: Mapping) -> None:
+    """Print the leaderboard, what the winner reached, and where things are."""
+    from manylora.sweep.leaderboard import Entry, table_lines, values_text
+    from manylora.sweep.ledger import SWEEP_FILE, tokens_saved
+
+    told = json.loads((run / SWEEP_FILE).read_text(encoding="utf-8"))
+    for line in table_lines([Entry.from_dict(entry) for entry in told["entries"]]):
+        output.line(line)
+    winner = Entry.from_dict(summary["winner"])
+    output.line(f"\nbest: trial {winner.trial} ({values_text(winner)})")
+    show_scores(output, {"base": summary.get("base_eval") or {}, "adapter": summary.get("eval") or {}})
+    saved = f"; stopping early saved {tokens_saved(told):.0%}" if told["stop"] != "none" else ""
+    output.line(f"trained {summary['tokens']:,} tokens in {summary['wall_s']:.1f} s{saved}")
+    output.line(f"adapter best: {summary['adapters']['best']}")
+    output.line(f"leaderboard: {run / 'leaderboard.csv'}")
+    output.line(f"report: {run / 'report.html'}")

@@ -1,0 +1,11 @@
+"""Where the members of a sweep train: in this process, or in several over Ray. One file each, one line in this table."""
+
+from manylora.table import Table
+
+ENGINES: Table = Table(
+    "engine",
+    {
+        "local": "manylora.sweep.engines.local:run",
+        "ray": "manylora.sweep.engines.ray:run",
+    },
+)

@@ -1,0 +1,146 @@
+"""What a sweep writes down while it goes on: events, curves, the live leaderboard, sweep.json and leaderboard.csv."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manylora.files import write_json_atomic
+from manylora.sweep.leaderboard import FILE_NAME, Entry, write_csv
+
+if TYPE_CHECKING:
+    from manylora.config import SweepConfig
+    from manylora.sweep.board import Board
+    from manylora.sweep.director import Director
+    from manylora.sweep.search import Search
+    from manylora.training.events import EventLog
+    from manylora.training.trackers import Trackers
+
+SWEEP_FILE = "sweep.json"
+WRITE_S = 5.0
+"""Least time between two writings of sweep.json and leaderboard.csv while the sweep goes on."""
+TURNING = frozenset({"admitted", "continued", "waiting", "done", "retired", "failed", "eval"})
+"""Events after which the leaderboard stands differently."""
+
+
+class Ledger:
+    """A recorder (`training.loop.Recorder`) for all members of a sweep; `open` it on a log before its first event."""
+
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        run: Path,
+        director: Director,
+        search: Search,
+        board: Board,
+        *,
+        levels: tuple[int, ...],
+        full_tokens: int,
+    ):
+        self._sweep = sweep
+        self._run = run
+        self._director = director
+        self._search = search
+        self._board = board
+        self._levels = levels
+        self._full_tokens = full_tokens
+        self._log: EventLog | None = None
+        self._trackers: Trackers | None = None
+        self._speeds: dict[str, tuple[int, float]] = {}
+        self._tick = 0
+        self._written_at = 0.0
+        self._started = False
+
+    def open(self, log: EventLog, trackers: Trackers) -> Ledger:
+        """Itself, from now on writing to a run's log and trackers."""
+        self._log, self._trackers = log, trackers
+        return self
+
+    def headlines(self) -> list[str]:
+        """What the sweep will do, for the log."""
+        sweep, trials = self._sweep, self._director.num_trials
+        members = sweep.repeats * (sweep.folds or 1)
+        what = f"{trials} trials" + (f" of {members} members each" if members > 1 else "")
+        lines = [
+            f"sweep: {what} by {sweep.search} search over {', '.join(sweep.space)}; "
+            f"a member trains {self._full_tokens:,} tokens to its end"
+        ]
+        if self._levels:
+            at = ", ".join(f"{tokens:,}" for tokens in self._levels)
+            lines.append(f"{sweep.stop.rule} judges trials at {at} trained tokens")
+        return lines
+
+    def event(self, name: str, **fields: Any) -> None:
+        assert self._log is not None and self._trackers is not None, "a ledger is opened before its first event"
+        if not self._started:
+            self._started = True
+            self._board.start(self._expected(), done=sum(entry.tokens for entry in self._director.entries()))
+        self._log.write(name, **fields)
+        if name in ("step", "eval"):
+            self._director.seen(fields["member"], fields["tokens"], fields["loss"] if name == "eval" else None)
+            prefix = "" if name == "step" else "eval_"
+            numbers = {
+                prefix + key: value
+                for key, value in fields.items()
+                if key not in ("member", "step", "tick") and isinstance(value, int | float)
+            }
+            self._trackers.log(fields["member"], fields["step"], numbers)
+        if name == "step":
+            self._speeds[fields["member"]] = fields["tick"], fields["tokens_per_s"]
+            if fields["tick"] != self._tick:  # the last tick is whole
+                self._progress()
+                self._tick = fields["tick"]
+        elif name in TURNING:
+            self._board.show(self._director.entries())
+            if time.monotonic() - self._written_at > WRITE_S:
+                self.write()
+
+    def note(self, text: str) -> None:
+        self._board.note(text)
+
+    def stage(self, text: str) -> None:
+        self._board.stage(text)
+
+    def write(self, winner: Entry | None = None) -> dict[str, Any]:
+        """Write sweep.json and leaderboard.csv as things stand, and give the former back."""
+        entries = self._director.entries()
+        told = {
+            "search": self._sweep.search,
+            "stop": self._sweep.stop.rule,
+            "trials": self._director.num_trials,
+            "seed": self._sweep.seed,
+            "entries": [entry.to_dict() for entry in entries],
+            "importances": self._search.importances(),
+            "winner": None if winner is None else winner.to_dict(),
+            "tokens": sum(entry.tokens for entry in entries),
+            "full_tokens": sum(entry.full_tokens for entry in entries) + self._unbegun(),
+            "levels": list(self._levels),
+        }
+        write_json_atomic(self._run / SWEEP_FILE, told)
+        write_csv(entries, self._run / FILE_NAME)
+        self._written_at = time.monotonic()
+        return told
+
+    def _progress(self) -> None:
+        entries = self._director.entries()
+        running = sum(1 for member in self._director.members.values() if member.state == "running")
+        speed = sum(speed for tick, speed in self._speeds.values() if tick == self._tick)
+        self._board.members(sum(entry.tokens for entry in entries), self._expected(), running, speed or None)
+
+    def _expected(self) -> int:
+        """Tokens that the sweep will train as things stand: it falls as trials are stopped."""
+        begun = sum(entry.tokens if entry.ended else entry.full_tokens for entry in self._director.entries())
+        return begun + self._unbegun()
+
+    def _unbegun(self) -> int:
+        """Tokens of the members that have not begun, at the length of the configuration without any searched value."""
+        members = self._sweep.repeats * (self._sweep.folds or 1)
+        waiting = sum(1 for member in self._director.members.values() if not member.full_tokens and not member.ended)
+        return self._full_tokens * (waiting + members * (self._director.num_trials - len(self._director.trials)))
+
+
+def tokens_saved(told: Mapping[str, Any]) -> float:
+    """The share of the full search's tokens that early stop has saved, from what sweep.json holds."""
+    return 1.0 - told["tokens"] / told["full_tokens"] if told["full_tokens"] else 0.0

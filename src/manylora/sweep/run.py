@@ -1,0 +1,157 @@
+"""A sweep from its configuration to its winner: what `manylora sweep` and Python code call."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from manylora.adapters.adapter import Adapter
+from manylora.config import Config
+from manylora.errors import ConfigError, NonFiniteLoss
+from manylora.files import write_folder_atomic, write_json_atomic
+from manylora.sweep.board import Board
+from manylora.sweep.director import Director
+from manylora.sweep.engines import ENGINES
+from manylora.sweep.ledger import Ledger
+from manylora.sweep.search import Search
+from manylora.sweep.space import parse_space
+from manylora.sweep.stopping import RULES, StopSettings
+from manylora.sweep.trials import Trials, levels_of
+from manylora.training.folder import RunFolder
+from manylora.training.memory import peak_bytes
+from manylora.training.prepare import Stock
+from manylora.training.report import write_report
+from manylora.training.run import Result, compare
+
+BEST = "best"
+"""The folder of the winner beside those of all members."""
+DEFAULT_TRIALS = 16
+LIKELY = 16
+"""Trials whose configurations are looked at before the first begins: how large a member gets."""
+LONG_DECAYS = ("cosine", "linear", "polynomial")
+"""Schedules whose rate falls from the start, so that a trial judged early is judged far above its last rate."""
+
+
+def sweep(
+    config: Config,
+    *,
+    resume: bool = False,
+    board: Board | None = None,
+    objects: Mapping[str, Any] | None = None,
+    use_cache: bool = True,
+) -> Result:
+    """Train the members of a search over one base, and leave a complete run folder with the winner in `adapters/best`.
+
+    `objects` are the base and data sets that the configuration names `python:NAME`. With `resume`, an unfinished sweep
+    of the same configuration goes on from its last checkpoint, and a finished one is returned as it is.
+
+    Raises:
+        UserError: the configuration, the base or the data cannot be used; nothing has been written then.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+    """
+    board = board or Board(quiet=True)
+    config, notes = settled(config)
+    assert config.sweep is not None
+    space = parse_space(config.sweep.space)
+    trials = Trials(config, space)
+    folder = RunFolder(config.output)
+    finished = folder.open(config, resume)
+    if finished is not None:
+        board.note(f"{folder.path} is finished")
+        return Result(folder.path, finished)
+    stock = Stock(trials.base, objects=objects, use_cache=use_cache)
+    if not stock.data(trials.base).held_out:
+        raise ConfigError(
+            "a sweep compares its trials on held-out rows, and there are none",
+            next_step="give data.eval, data.eval_fraction or sweep.folds",
+        )
+    full_tokens = stock.full_tokens(trials.base)
+    began = time.perf_counter()
+    num_trials = config.sweep.trials or (None if config.sweep.search == "grid" else DEFAULT_TRIALS)
+    told = {"seed": config.sweep.seed, "num_trials": num_trials, "study_name": folder.path.name}
+    stop = config.sweep.stop
+    settings = StopSettings(
+        reduction=stop.reduction, first_share=stop.first_share, min_reports=stop.min_reports
+    )
+    # Judged before anything is written: a space or a budget that cannot be searched.
+    rehearsed = Search(config.sweep.search, space, storage=None, **told)
+    rule = RULES.get(stop.rule)(rehearsed.num_trials, settings)
+    trials.levels = levels_of(rule.shares, full_tokens)
+    likely = trials.possible(rehearsed.propose(number) for number in range(min(LIKELY, rehearsed.num_trials)))
+    for note in (*stock.notes, *notes):
+        board.note(note)
+    folder.begin(config)
+    folder.write_manifest(stock.base, stock.facts)
+    search = Search(config.sweep.search, space, storage=folder.path / "optuna.log", **told)
+    director = Director(trials, search, rule)
+    ledger = Ledger(config.sweep, folder.path, director, search, board, levels=trials.levels, full_tokens=full_tokens)
+    for note in ledger.headlines():
+        board.note(note)
+    try:
+        ENGINES.get(config.sweep.engine)(config, stock, folder, director, ledger, likely=likely, resume=resume)
+    finally:
+        board.close()
+    return Result(folder.path, _finish(stock, folder, director, ledger, time.perf_counter() - began, board))
+
+
+def settled(config: Config) -> tuple[Config, list[str]]:
+    """The configuration with what a sweep decides by itself written out, and why, for the log."""
+    if config.sweep is None or config.sweep.stop.rule == "none":
+        return config, []
+    if "train.schedule" in config.sweep.space:
+        return config, []
+    schedule = config.train.schedule
+    if "schedule" not in config.train.model_fields_set:
+        train = config.train.model_copy(update={"schedule": "wsd"})
+        return config.model_copy(update={"train": train}), [
+            f"train.schedule is wsd: trials that {config.sweep.stop.rule} judges early have then trained at their full "
+            "rate, and those that go on still decay at their end"
+        ]
+    if schedule in LONG_DECAYS:
+        return config, [
+            f"train.schedule is {schedule}: each trial keeps its full-length schedule, and those judged early are "
+            "judged far above their last rate; wsd compares them more fairly"
+        ]
+    return config, []
+
+
+def _finish(
+    stock: Stock, folder: RunFolder, director: Director, ledger: Ledger, wall: float, board: Board
+) -> dict[str, Any]:
+    """Copy the winner, measure it and the base on the held-out rows, and write leaderboard, summary and report."""
+    best = director.best()
+    if best is None:
+        reason = next((entry.reason for entry in director.entries() if entry.reason), "no held-out loss was finite")
+        raise NonFiniteLoss(
+            f"none of {len(director.entries())} trials has an eval loss; the first: {reason}",
+            next_step="lower the learning rates of sweep.space, or look at events.jsonl",
+        )
+    path, config = folder.adapter(BEST), director.config(best.member)
+    with write_folder_atomic(path) as partial:
+        shutil.copytree(folder.adapter(best.member), partial, dirs_exist_ok=True)
+    board.note(f"evaluating the base and {best.member} on the held-out rows")
+    adapter = Adapter.load(path)
+    scores = compare(config, stock, adapter, folder, best.member)
+    told = ledger.write(winner=best)
+    summary = {
+        "run": str(folder.path),
+        "adapters": {BEST: str(path)}
+        | {name: str(folder.adapter(name)) for name in director.members if folder.adapter(name).is_dir()},
+        "winner": best.to_dict(),
+        "eval": scores["adapter"],
+        "base_eval": scores["base"],
+        "trials": len(director.trials),
+        "tokens": told["tokens"],
+        "full_tokens": told["full_tokens"],
+        "tokens_per_s": told["tokens"] / wall if wall > 0 else 0.0,
+        "wall_s": wall,
+        "peak_bytes": peak_bytes(stock.base.device),
+        "trainable_parameters": adapter.num_parameters(),
+        "base_parameters": stock.base.num_parameters(),
+    }
+    write_json_atomic(folder.path / "summary.json", summary)
+    write_report(folder.path)
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return summary

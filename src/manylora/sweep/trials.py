@@ -1,0 +1,134 @@
+"""The configurations of a sweep: what each trial's members are, alone and complete. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from manylora.config import Config, load_config
+from manylora.errors import ConfigError
+from manylora.sweep.space import Choices, Space
+
+SHARED = "all members of a sweep stand on one base: run one sweep for each"
+COMPARED = "trials are compared on the same held-out rows"
+SAME_RUN = "a sweep is one run"
+FIXED = {
+    **dict.fromkeys(("base", "dtype", "device", "quantize", "trust_remote_code", "data.chat_template", "task"), SHARED),
+    **dict.fromkeys(("data.eval", "data.eval_fraction", "data.fold", "data.split_seed"), COMPARED),
+    "evaluate.max_examples": COMPARED,
+    **dict.fromkeys(("output", "track", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.select"), SAME_RUN),
+    "evaluate.at_tokens": "levels are laid by sweep.stop",
+    "train.stop_after": "sweep.stop says how long a trial is trained",
+}
+"""Keys that cannot vary within a sweep, and why."""
+
+
+class Trials:
+    """Makes the configuration of any member of a sweep from the values of its trial.
+
+    Raises:
+        ConfigError: a searched key or one of its values that no run could have.
+    """
+
+    def __init__(self, config: Config, space: Space):
+        if config.sweep is None:
+            raise ConfigError(
+                "this configuration has no section sweep",
+                next_step="add sweep: {space: {train.learning_rate: {low: 1e-5, high: 1e-2, log: true}}}",
+            )
+        self._sweep = config.sweep
+        self._config = config
+        self._plain = {name: value for name, value in config.to_dict().items() if name != "sweep"}
+        self.levels: tuple[int, ...] = ()
+        if self._sweep.folds is not None and config.data.held_out:
+            raise ConfigError(
+                "sweep.folds holds out each part of the training rows in turn, and data.eval, data.eval_fraction or "
+                "data.fold is given too",
+                allowed="one of them",
+            )
+        for key, dimension in space.dimensions.items():
+            tried = dimension.listed if isinstance(dimension, Choices) else (dimension.low, dimension.high)
+            self._check(key, tried)
+
+    def members(self, trial: int) -> list[str]:
+        """The names of a trial's members: one for each seed and fold."""
+        seeds = [f".seed-{seed + 1}" for seed in range(self._sweep.repeats)] if self._sweep.repeats > 1 else [""]
+        folds = [f".fold-{fold + 1}" for fold in range(self._sweep.folds)] if self._sweep.folds else [""]
+        return [f"trial-{trial:03d}{seed}{fold}" for seed in seeds for fold in folds]
+
+    def config(self, member: str, values: Mapping[str, Any]) -> Config:
+        """The configuration that trains a member alone, as it is trained in the sweep.
+
+        Raises:
+            ConfigError: values that do not go together.
+        """
+        _, *marks = member.split(".")
+        place = dict(mark.rsplit("-", 1) for mark in marks)
+        given = dict(values)
+        seed = given.get("train.seed", self._config.train.seed)
+        given["train.seed"] = seed + int(place.get("seed", 1)) - 1
+        given["data.split_seed"] = self._split_seed
+        given["evaluate.at_tokens"] = list(self.levels)
+        if "fold" in place:
+            given["data.fold"] = f"{place['fold']}/{self._sweep.folds}"
+        return load_config(self._plain, given)
+
+    def possible(self, values: Iterable[Mapping[str, Any]]) -> list[Config]:
+        """The configurations of some trials, without those whose values do not go together.
+
+        Raises:
+            ConfigError: none of them is one.
+        """
+        found, first = [], None
+        for one in values:
+            try:
+                found.append(self.config(self.members(0)[0], one))
+            except ConfigError as error:
+                first = first or error
+        if not found and first is not None:
+            raise first
+        return found
+
+    @property
+    def base(self) -> Config:
+        """The configuration without the sweep: of its first fold, where there are folds."""
+        return self.config(self.members(0)[0], {})
+
+    @property
+    def _split_seed(self) -> int:
+        # The same rows are held out whatever a member's own seed is.
+        own = self._config.data.split_seed
+        return self._config.train.seed if own is None else own
+
+    def _check(self, key: str, values: Sequence[Any]) -> None:
+        if key in FIXED or key.startswith("sweep."):
+            raise ConfigError(
+                f"sweep.space varies {key}, and {FIXED.get(key, 'a sweep cannot vary itself')}",
+                next_step="leave it out of sweep.space",
+            )
+        for value in values:
+            try:
+                self.config(self.members(0)[0], {key: value})
+            except ConfigError as error:
+                raise type(error)(
+                    f"sweep.space.{key}, value {value!r}: {error.what}",
+                    nearest=error.nearest,
+                    allowed=error.allowed,
+                    next_step=error.next_step,
+                ) from error
+
+
+def levels_of(shares: tuple[float, ...], full_tokens: int) -> tuple[int, ...]:
+    """Counts of trained tokens at which trials are judged.
+
+    Raises:
+        ConfigError: a budget too small for the rule's levels to differ.
+    """
+    levels = tuple(max(1, math.ceil(share * full_tokens)) for share in shares)
+    if len(set(levels)) < len(levels) or (levels and levels[-1] >= full_tokens):
+        raise ConfigError(
+            f"a trial trains {full_tokens:,} tokens, too few to be judged at {len(levels)} levels",
+            next_step="train longer (train.epochs, train.tokens), or set sweep.stop: none",
+        )
+    return levels

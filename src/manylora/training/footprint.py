@@ -1,0 +1,286 @@
+"""What a fleet holds in memory, from the real base and adapters, and how many members and tokens therefore fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from manylora.adapters.adapter import Adapter
+from manylora.adapters.bank import Bank
+from manylora.base.frozen import FrozenModel
+from manylora.base.language import CHUNK_ELEMENTS, LanguageBase
+from manylora.data.batches import Epochs
+from manylora.data.collate import batch_of
+from manylora.data.example import Example
+from manylora.data.packing import WIDTH_STEP, row_width
+from manylora.data.store import lengths_of
+from manylora.methods import METHODS
+from manylora.training.optim import OPTIMIZERS
+from manylora.training.plan import FIXED_TOKENS
+from manylora.types import IGNORED, Batch, Objective
+
+SAFETY_SHARE = 0.8
+"""Of the free memory, what a fleet may plan with: the rest is for the gradients of the layer that the backward has
+reached, for evaluation, for fragments, and for whatever else runs on the machine."""
+
+PROBE_TOKENS = 512
+"""Width of the longer row that is measured: the model is linear and quadratic in it, and holds for any other."""
+
+ENOUGH_TOKENS = {"cpu": 16 * FIXED_TOKENS}
+"""Computed tokens of one forward from which more bring next to nothing: the fixed cost is then a sixteenth."""
+
+ENOUGH_ON_ACCELERATOR = 32768
+"""The same for devices that compute far faster than they are launched; an estimate, not measured here."""
+
+SHARE_OF_LEARNING_SEARCH = 4
+"""A search that learns from results has at most one in so many of its trials under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationModel:
+    """Bytes that a forward keeps for its backward: `fixed` of each member in it, `linear` and `quadratic` of each row.
+
+    A row of w tokens holds linear w + quadratic w^2. `chunk` is what one supervised token of a chunk of the loss takes
+    while the backward computes that chunk again, `chunk_tokens` the most tokens of a chunk.
+
+    Source: the form is that of mLoRA (2312.02515), b0 + b1 B L + b2 B L^2; here measured before the first step instead
+    of fitted while training.
+    """
+
+    fixed: float
+    linear: float
+    quadratic: float
+    chunk: float = 0.0
+    chunk_tokens: int = 0
+
+    def saved(self, rows: int, width: int, members: int = 1) -> int:
+        """What is kept from the forward to the backward."""
+        return round(members * self.fixed + rows * width * (self.linear + self.quadratic * width))
+
+    def total(self, rows: int, width: int, members: int = 1) -> int:
+        """The same and a chunk of the loss."""
+        return self.saved(rows, width, members) + round(self.chunk * min(self.chunk_tokens, rows * width))
+
+    def tokens_within(self, held: int, width: int, members: int = 1) -> int:
+        """How many tokens, in rows of `width`, one forward of so many members may compute within `held` bytes."""
+        left = held - members * self.fixed - self.chunk * self.chunk_tokens
+        return max(0, int(left / max(1.0, self.linear + self.quadratic * width)))
+
+
+def member_bytes(base: FrozenModel, adapter: Adapter, optimizer: str) -> int:
+    """What one more member holds for as long as it is resident: factors, gradients, optimiser states, and anchors.
+
+    All of them float32, at the rank that its stacks are padded to.
+    """
+    copies = 2 + len(OPTIMIZERS.get(optimizer).state_names)
+    total = 0
+    for name, factors in adapter.factors.items():
+        method, site = METHODS.get(factors.method), base.sites[name]
+        shapes = method.stack_shapes(site, method.shape_class(site, factors))
+        numbers = sum(math.prod(shape) for shape in shapes.values())
+        total += numbers * (copies + bool(factors.anchors))
+    return total * torch.float32.itemsize
+
+
+def token_bytes(base: FrozenModel, adapter: Adapter, objective: Objective, epochs: Epochs) -> ActivationModel:
+    """How memory grows with the tokens of a forward, measured: three forwards of one or two short rows.
+
+    The rows are cut from the longest of the first epoch, padded and every token a target, so that what is found is the
+    most that rows of these data take. The base must carry no bank.
+
+    Raises:
+        RouteError: the base carries a bank.
+    """
+    row = _longest_row(epochs)
+    most = min(PROBE_TOKENS, sum(map(len, row)), getattr(base, "max_positions", None) or PROBE_TOKENS)
+    long, short = _probe_row(row, most), _probe_row(row, max(WIDTH_STEP, most // 4))
+    with Bank(base) as bank:
+        bank.put(adapter, slot=0)
+        one, two = (_probe(base, objective, [short] * rows, epochs) for rows in (1, 2))
+        narrow, wide = _width(short, epochs), _width(long, epochs)
+        per_row, fixed = two - one, max(0, 2 * one - two)
+        linear, quadratic = per_row / narrow, 0.0
+        if wide > narrow:
+            per_wide = _probe(base, objective, [long], epochs) - fixed
+            quadratic = max(0.0, (per_wide / wide - per_row / narrow) / (wide - narrow))
+            linear = per_wide / wide - quadratic * wide
+        chunk, chunk_tokens = _chunk(base, objective, short, epochs)
+    return ActivationModel(fixed, linear, quadratic, chunk, chunk_tokens)
+
+
+def saved_bytes(base: FrozenModel, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward keeps for its backward, each storage once; what the base and its bank own is not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in _owned(base)}
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()  # it holds the graph, so that no address is used twice
+    del result
+    return sum(held.values())
+
+
+def _owned(base: FrozenModel) -> list[Tensor]:
+    packed = [tensor for site in base.sites.values() if site.packed for tensor in site.packed.tensors().values()]
+    stacks = [] if base.bank is None else base.bank.stacks.values()
+    factors = [tensor for stack in stacks for tensor in (*stack.tensors.values(), *stack.anchors.values())]
+    return [*base.model.parameters(), *base.model.buffers(), *packed, *factors]
+
+
+def _longest_row(epochs: Epochs) -> list[Any]:
+    lengths, plan = lengths_of(epochs.examples), epochs.rows(0)
+    longest = int(np.add.reduceat(lengths[plan.items], plan.starts).argmax())
+    return [epochs.examples[index] for index in plan[longest]]
+
+
+def _probe_row(row: Sequence[Any], tokens: int) -> list[Any]:
+    """The first tokens of a row as one sequence of targets, just too short for its width; tensors as they are.
+
+    A batch with padding needs a mask, which may take more than all else, and nearly every batch has padding.
+    """
+    if not all(isinstance(example, Example) for example in row):
+        return list(row)
+    joined = np.concatenate([example.tokens for example in row])[:tokens]
+    size = max(1, len(joined) // WIDTH_STEP * WIDTH_STEP - 1)
+    return [replace(row[0], tokens=joined[:size], trained=np.arange(size) > 0)]
+
+
+def _width(row: Sequence[Any], epochs: Epochs) -> int:
+    return row_width(sum(map(len, row)), epochs.row_tokens)
+
+
+def _batch(base: FrozenModel, rows: Sequence[Sequence[Any]], epochs: Epochs) -> Batch:
+    slots = [0] * len(rows)
+    return batch_of(rows, base, width=epochs.row_tokens, slots=slots, streams=range(len(rows))).to(base.device)
+
+
+def _probe(base: FrozenModel, objective: Objective, rows: Sequence[Sequence[Any]], epochs: Epochs) -> int:
+    def forward() -> Tensor:
+        batch = _batch(base, rows, epochs)
+        with base.bank.route(batch.slots, batch.streams):
+            return objective(base.outputs(batch), batch).total
+
+    return saved_bytes(base, forward)
+
+
+class _Whole:
+    """Outputs whose supervised positions are one chunk that is not computed again: what a chunk holds can be seen."""
+
+    def __init__(self, base: LanguageBase, states: Tensor):
+        self.base = base
+        self.states = states
+
+    def map_supervised(
+        self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        chosen = labels.ne(IGNORED)
+        values = fn(self.base.logits(self.states[chosen].requires_grad_()), labels[chosen])
+        return {name: value.sum().expand(len(labels)) for name, value in values.items()}
+
+
+def _chunk(base: FrozenModel, objective: Objective, row: Sequence[Any], epochs: Epochs) -> tuple[float, int]:
+    """Bytes of one supervised token while its chunk of the loss is computed, and the most tokens of a chunk."""
+    batch = _batch(base, [row], epochs)
+    tokens = int(batch.targets["labels"].ne(IGNORED).sum())
+    if not isinstance(base, LanguageBase) or not tokens:
+        return 0.0, 0
+    with base.bank.route(batch.slots):
+        with torch.no_grad():
+            states = base.outputs(batch).hidden
+        saved = saved_bytes(base, lambda: objective(_Whole(base, states), batch).total)
+    # And two gradients of the logits: the one that arrives, and the one that is made of it.
+    gradients = 2 * torch.float32.itemsize * base.vocabulary
+    return saved / tokens + gradients, max(1, CHUNK_ELEMENTS // base.vocabulary)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a fleet may plan with on a device: a safe share of its free memory, a container's limit respected."""
+    if device.type == "cuda":
+        # What the allocator holds and does not use is free too.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    else:
+        free = min(psutil.virtual_memory().available, _left_in_container(Path("/sys/fs/cgroup")))
+    return max(0, int(SAFETY_SHARE * free))
+
+
+def _left_in_container(folder: Path) -> float:
+    """Bytes that a container's limit leaves, pages of files that it may drop counted as free; inf without a limit."""
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        dropped = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return math.inf if limit == "max" else int(limit) - int(used) + int(dropped.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return math.inf
+
+
+def choose_concurrency(
+    *,
+    num_trials: int,
+    members_per_trial: int = 1,
+    search: str = "random",
+    asked: int | None = None,
+    bytes_per_member: int,
+    activations: ActivationModel,
+    row_tokens: int,
+    step_tokens: int,
+    free: int,
+    device_type: str = "cpu",
+) -> tuple[int, int, str]:
+    """How many members are resident at once, how many tokens one forward may compute, and one line that says why.
+
+    `bytes_per_member` is `member_bytes` of the largest member, `row_tokens` its widest row, `step_tokens` the tokens
+    of one of its steps, `free` what `free_bytes` gave; `asked` is the number that the user set, which is then kept
+    whatever memory says. Else it is the largest number whose members leave room for a forward that either holds all
+    their steps or is large enough to be fast. A search that proposes from results (tpe) has at most a quarter of its
+    trials under way: those that start together know nothing of each other, and of 4 groups 3 are proposed from
+    results.
+    """
+    num_members = num_trials * members_per_trial
+    most, why = num_members, "all of them fit"
+    if search == "tpe":
+        most = max(1, num_trials // SHARE_OF_LEARNING_SEARCH) * members_per_trial
+        why = f"{search} proposes from results, so at most a quarter of its {num_trials} trials is under way"
+    if asked is not None:
+        most, why = min(asked, num_members), "sweep.concurrent"
+    enough = max(row_tokens, ENOUGH_TOKENS.get(device_type, ENOUGH_ON_ACCELERATOR))
+
+    def room(members: int) -> int:
+        return activations.tokens_within(free - members * bytes_per_member, row_tokens, members)
+
+    chosen = most
+    if asked is None:
+        while chosen > 1 and room(chosen) < min(enough, max(row_tokens, chosen * step_tokens)):
+            chosen -= 1
+        why = why if chosen == most else "memory holds no more"
+    budget = max(row_tokens, min(enough, room(chosen)))
+    if room(chosen) < row_tokens:
+        why += ", and the memory that is free may not hold them"
+    per_token = activations.linear + activations.quadratic * row_tokens
+    reason = (
+        f"{chosen} of {num_members} members train at once: {why} ({_size(bytes_per_member)} a member and "
+        f"{_size(per_token)} a token, {_size(free)} to plan with); up to {budget:,} tokens a forward"
+    )
+    return chosen, budget, reason
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
