@@ -196,7 +196,7 @@ class Job:
             )
             for place in range(rows * 32)
         ]  # fmt: skip
-        self.base, self.objective = base, OBJECTIVES.get("causal-lm")
+        self.base = base
         self.bank = Bank(base, num_slots=1)
         spec = AdapterSpec(rank=16, alpha=32.0)
         adapter = Adapter.new(base, spec, seed=1)
@@ -207,18 +207,18 @@ class Job:
                 stack.tensors["b"].copy_(torch.randn(stack.tensors["b"].shape, generator=generator) * 0.01)
         recipe = Recipe(learning_rate=1e-4, schedule="constant", total_steps=32, warmup=0, rows_per_step=rows)
         self.member = Member(
-            name="main", slot=0, seed=0, spec=adapter.spec, recipe=recipe,
+            name="main", slot=0, seed=0, spec=adapter.spec, recipe=recipe, objective=OBJECTIVES.get("causal-lm"),
             epochs=Epochs(examples, row_tokens=ROW_TOKENS, seed=0, packs=base.packs),
         )  # fmt: skip
         self.optimizers = {"adamw": OPTIMIZERS.get("adamw")(self.bank)}
-        self.losses: list[float] = []
+        self.losses: dict[int, float] = {}
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradients of the first step for every factor; nothing is updated."""
         from manylora.training.optim.stacked import drop_gradients
         from manylora.training.step import backward, micro_batches
 
-        self.losses = backward(self.base, self.objective, micro_batches([self.member], self.base), [0])
+        self.losses = backward(self.base, {0: self.member.objective}, micro_batches([self.member], self.base))
         found = [tensor.grad.clone() for stack in self.bank.stacks.values() for tensor in stack.tensors.values()]
         drop_gradients(self.bank)
         return found
@@ -226,7 +226,7 @@ class Job:
     def step(self) -> None:
         from manylora.training.step import train_step
 
-        result = train_step(self.base, self.objective, self.optimizers, [self.member])["main"]
+        result = train_step(self.base, self.optimizers, [self.member])["main"]
         if not result.finite:
             raise SystemExit(f"loss {result.loss} at step {self.member.step}")
         self.member.step += 1

@@ -87,6 +87,9 @@ def test_what_is_written_is_complete_and_absolute(tmp_path):
     assert written["data"]["eval"] == [str(tmp_path / "b.csv")]
     assert written["output"] == str(tmp_path / "runs" / "first")
     assert written["adapter"]["from"] == str(tmp_path / "old")
+    assert written["sweep"] is None
+    path.write_text(path.read_text() + "sweep: {space: {adapter.rank: [1, 2]}, stop: {rule: asha, reduction: 4}}\n")
+    written = load_config(path).to_dict()
     for key in known_keys():
         value = written
         for name in key.split("."):

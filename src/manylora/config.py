@@ -80,12 +80,18 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _number_or_auto(value: Any) -> Any:
-    return value if value == "auto" else _number(value)
+def _rate_or_auto(value: Any) -> Any:
+    number = value if value == "auto" else _number(value)
+    if number != "auto" and (not isinstance(number, int | float) or number <= 0):
+        raise ValueError("above 0, or auto")
+    return number
 
 
-def _whole_or_auto(value: Any) -> Any:
-    return value if value == "auto" else _whole(value)
+def _count_or_auto(value: Any) -> Any:
+    number = value if value == "auto" else _whole(value)
+    if number != "auto" and (not isinstance(number, int) or number < 1):
+        raise ValueError("at least 1, or auto")
+    return number
 
 
 def _fold(text: str) -> str:
@@ -258,7 +264,7 @@ class AdapterConfig(Section):
 class TrainConfig(Section):
     """`train`: the optimiser and its steps."""
 
-    learning_rate: Annotated[Literal["auto"] | Annotated[float, Field(gt=0)], BeforeValidator(_number_or_auto)] = Field(
+    learning_rate: Annotated[float | Literal["auto"], BeforeValidator(_rate_or_auto)] = Field(
         default=2e-4, description="peak learning rate; auto: the field's rule for the base and method, with its reason"
     )
     schedule: Annotated[str, _in_table("schedule")] = Field(default="cosine", description="course of the learning rate")
@@ -327,7 +333,6 @@ class EvaluateConfig(Section):
         default=None, description="evaluate at most so many examples"
     )
 
-
     @field_validator("at_tokens")
     @classmethod
     def _rising(cls, tokens: tuple[int, ...]) -> tuple[int, ...]:
@@ -380,14 +385,15 @@ class SweepConfig(Section):
     """`sweep`: a search over keys of the configuration, all of its members trained over one base."""
 
     space: dict[str, Any] = Field(
-        min_length=1, description="what varies: {train.learning_rate: {low: 1e-5, high: 1e-2, log: true}, adapter.rank: [4, 16]}"
+        min_length=1,
+        description="what varies, by key: {adapter.rank: [4, 16], train.learning_rate: {low: 1e-5, high: 1e-2}}",
     )
     search: Annotated[str, _in_table("search")] = Field(default="random", description="grid, random, tpe")
     trials: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="configurations that are tried; null: the whole grid, else 16"
     )
-    stop: StopConfig = Field(default_factory=StopConfig, description="none, median, successive-halving, asha, or a mapping")
-    concurrent: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], BeforeValidator(_whole_or_auto)] = Field(
+    stop: StopConfig = Field(default_factory=StopConfig, description="which trials are not trained to their end")
+    concurrent: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
         default="auto", description="members that train at once; auto: as many as memory holds"
     )
     repeats: Annotated[Whole, Field(ge=1)] = Field(default=1, description="seeds of each configuration")
@@ -396,7 +402,7 @@ class SweepConfig(Section):
     )
     seed: Annotated[Whole, Field(ge=0)] = Field(default=0, description="decides what the search proposes")
     engine: Annotated[str, _in_table("engine")] = Field(default="local", description="local, or ray: several machines")
-    workers: Annotated[Whole, Field(ge=1)] = Field(default=2, description="processes of the ray engine, each with a base")
+    workers: Annotated[Whole, Field(ge=1)] = Field(default=2, description="processes of the ray engine")
 
 
 class Config(Section):

@@ -116,7 +116,9 @@ def unknown_key(path: str, value: Any, known: Sequence[str]) -> ConfigError:
     near = [ELSEWHERE[leaf]] if leaf in ELSEWHERE else [key for key in known if key.rpartition(".")[2] == leaf]
     if not near:
         by_leaf = {key.rpartition(".")[2]: key for key in known}
-        near = nearest_names(path, known) + [by_leaf[name] for name in nearest_names(leaf, by_leaf)]
+        above = path.rpartition(".")[0]
+        near = [above] if above in known else []
+        near += nearest_names(path, known) + [by_leaf[name] for name in nearest_names(leaf, by_leaf)]
     return ConfigError(
         f"unknown key {path!r} (its value is {_shown(value)})",
         nearest=list(dict.fromkeys(near))[:3],

@@ -6,6 +6,7 @@ Here scalars follow YAML 1.2, and a repeated key is an error.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -68,6 +69,18 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOA
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d[\d_]*\Z"), list("-+0123456789"))
 
 
+class _OneLine(_Dumper):
+    """A dumper that quotes what would otherwise be folded over several lines."""
+
+
+def _one_line(dumper: _OneLine, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_OneLine.add_representer(str, _one_line)
+
+
 def parse(text: str, where: str) -> Any:
     """The value of a YAML document; `where` names it in errors.
 
@@ -93,7 +106,7 @@ def dump(values: dict[str, Any]) -> str:
 
 def dump_inline(value: Any) -> str:
     """A value as one line of YAML."""
-    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return yaml.dump(value, Dumper=_OneLine, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def parse_override(text: str) -> tuple[str, Any]:

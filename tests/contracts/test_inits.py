@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fleets
 import peft
 import pytest
 import torch
+from fleets import Running, killed_after
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,19 +20,16 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
 from manylora.base.packed import pack_module, put_module
-from manylora.data.batches import Epochs
 from manylora.errors import AdapterBroken, BaseMismatch, BaseNotFound, SpecError
 from manylora.methods import METHODS
 from manylora.methods.inits import INITS
 from manylora.methods.inits.loftq import LoftqPacking, loftq_pack
 from manylora.methods.inits.svd import leading_directions, leading_factors
-from manylora.objectives import OBJECTIVES
 from manylora.quant import pack
 from manylora.spec import AdapterSpec
 from manylora.training import checkpoint as checkpoint_module
 from manylora.training.checkpoint import Checkpoints
-from manylora.training.loop import Loop, LoopSettings
-from manylora.training.member import Member, Recipe
+from manylora.training.member import Member
 from manylora.training.optim import OPTIMIZERS
 from manylora.types import Factors, Site
 
@@ -182,70 +181,32 @@ def test_what_is_learned_in_bfloat16_is_not_lost_in_the_difference_of_two_large_
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-class Memory:
-    """A recorder that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.losses: dict[str, list[float]] = {}
-
-    def event(self, name: str, **fields: Any) -> None:
-        if name == "step":
-            self.losses.setdefault(fields["member"], []).append(fields["loss"])
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def stage(self, text: str) -> None:
-        pass
-
-
-def member(init: str, slot: int, examples: list, **changes: Any) -> Member:
-    settings: dict[str, Any] = {"learning_rate": 1e-2, "schedule": "cosine", "total_steps": 6, "warmup": 2,
-                                "rows_per_step": 4, "weight_decay": 0.1}  # fmt: skip
-    held_out = changes.pop("held_out", ())
+def member(init: str, examples: list, **changes: Any) -> Member:
     spec = AdapterSpec(rank=4, dropout=0.1, init=init, sites=("all-linear", "embed_tokens"))
-    epochs = Epochs(examples, row_tokens=32, seed=3, packs=True)
-    recipe = Recipe(**{**settings, **changes})
-    return Member(name=init, slot=slot, seed=3, spec=spec, recipe=recipe, epochs=epochs, eval_examples=held_out)
-
-
-def loop_of(base, members: list[Member], dtype: torch.dtype, folder: Path | None = None) -> Loop:
-    bank = Bank(base, num_slots=len(members), dtype=dtype)
-    for each in members:
-        bank.put(Adapter.new(base, each.spec, seed=each.seed), slot=each.slot)
-    checkpoints = None if folder is None else Checkpoints(folder, keep=2)
-    settings = LoopSettings(checkpoint_every=None if folder is None else 1)
-    return Loop(base, OBJECTIVES.get("causal-lm"), members, Memory(), checkpoints, settings)
-
-
-def final(loop: Loop, slot: int) -> dict[str, Tensor]:
-    return checkpoint_module.flatten(loop.bank.get(slot).factors)
+    return fleets.member(init, examples, spec=spec, seed=3, **changes)
 
 
 @pytest.mark.parametrize("init", ANYWHERE)
 def test_within_two_steps_every_factor_moves_and_no_anchor_does(init: str, make_base, make_examples) -> None:
     base = make_base()
     weights = copy.deepcopy(base.model.state_dict())
-    loop = loop_of(base, [member(init, 0, make_examples(20), total_steps=2)], torch.float32)
-    before = final(loop, 0)
-    loop.run()
-    assert not loop.recorder.notes
-    for name, value in final(loop, 0).items():
+    run = Running(base, [member(init, make_examples(20), total_steps=2)], torch.float32).run()
+    assert not run.recorder.notes
+    before = checkpoint_module.flatten(Adapter.new(base, run.members[0].spec, seed=3).factors)
+    for name, value in run.final(init).items():
         assert torch.equal(value, before[name]) == name.endswith("|anchor"), name
     assert all(torch.equal(value, weights[name]) for name, value in base.model.state_dict().items())
 
 
 def test_members_of_different_starts_at_the_same_sites_equal_each_alone(make_base, make_examples) -> None:
-    members = [member(init, slot, make_examples(20, seed=slot)) for slot, init in enumerate(ANYWHERE)]
-    together = loop_of(make_base(dtype=torch.float64), members, torch.float64)
-    together.run()
+    members = [member(init, make_examples(20, seed=slot)) for slot, init in enumerate(ANYWHERE)]
+    together = Running(make_base(dtype=torch.float64), members, torch.float64).run()
     for slot, init in enumerate(ANYWHERE):
-        alone = loop_of(make_base(dtype=torch.float64), [member(init, 0, make_examples(20, seed=slot))], torch.float64)
-        alone.run()
-        assert together.recorder.losses[init] == pytest.approx(alone.recorder.losses[init], rel=1e-9)
-        for name, value in final(alone, 0).items():
-            assert (final(together, slot)[name] - value).norm() <= 1e-9 * (1 + value.norm()), name
+        own = member(init, make_examples(20, seed=slot))
+        alone = Running(make_base(dtype=torch.float64), [own], torch.float64).run()
+        assert together.recorder.losses(init) == pytest.approx(alone.recorder.losses(init), rel=1e-9)
+        for name, value in alone.final(init).items():
+            assert (together.final(init)[name] - value).norm() <= 1e-9 * (1 + value.norm()), name
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
@@ -253,35 +214,27 @@ def test_members_of_different_starts_at_the_same_sites_equal_each_alone(make_bas
 def test_a_killed_run_resumes_to_the_same_bytes_with_anchors(
     init: str, optimizer: str, tmp_path: Path, make_base, make_examples
 ) -> None:
-    def fresh(folder: Path) -> Loop:
-        own = member(
-            init, 0, make_examples(20), optimizer=optimizer, held_out=make_examples(4, seed=9), evaluate_every=2
-        )
-        return loop_of(make_base(), [own], torch.float32, folder)
+    def other(name: str, adapter: Adapter) -> Adapter:  # as if the decomposition had come out otherwise here
+        factors = {
+            site: replace(own, anchors={key: torch.zeros_like(t) for key, t in own.anchors.items()})
+            for site, own in adapter.factors.items()
+        }
+        return replace(adapter, factors=factors)
 
-    whole = fresh(tmp_path / "whole")
-    whole.run()
-    killed = fresh(tmp_path / "killed")
+    def fresh(folder: Path, spoil: Any = None) -> Running:
+        own = member(init, make_examples(20), optimizer=optimizer, held_out=make_examples(4, seed=9), evaluate_every=2)
+        checkpoints, settings = Checkpoints(folder, keep=2), {"checkpoint_every": 1}
+        return Running(make_base(), [own], torch.float32, checkpoints=checkpoints, settings=settings, spoil=spoil)
 
-    def kill() -> bool:
-        if killed.tick == 4:
-            raise SystemExit  # as a kill: nothing is saved on the way out
-        return False
-
-    with pytest.raises(SystemExit):
-        killed.run(kill)
-    resumed = fresh(tmp_path / "killed")
-    for stack in resumed.bank.stacks.values():  # as if the decomposition had come out otherwise on this machine
-        for tensor in stack.anchors.values():
-            tensor.zero_()
-    assert resumed.resume() == 4
+    whole = fresh(tmp_path / "whole").run()
+    killed_after(4, fresh(tmp_path / "killed"))
+    resumed = fresh(tmp_path / "killed", other)
+    assert resumed.loop.resume() == 4
     resumed.run()
-    wanted, found = final(whole, 0), final(resumed, 0)
+    wanted, found = whole.final(init), resumed.final(init)
     assert wanted.keys() == found.keys()
     assert any(name.endswith("|anchor") for name in wanted)
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
-    best, again = (checkpoint_module.flatten(loop.best[init]) for loop in (whole, resumed))
-    assert all(torch.equal(value, again[name]) for name, value in best.items())
 
 
 def test_a_slot_that_held_anchors_serves_a_plain_adapter_and_back(make_base) -> None:

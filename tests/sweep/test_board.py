@@ -73,6 +73,18 @@ def test_a_slow_sweep_breaks_the_silence_in_a_pipe():
     assert len(stream.getvalue().splitlines()) == 5
 
 
+def test_the_end_is_told_in_a_pipe_though_little_was_trained_since_the_last_line():
+    stream = io.StringIO()
+    board = Board(stream=stream, clock=Clock())
+    board.start(1000)
+    for done in (990, 1000, 1000):
+        board.members(done, 1000, 1, None)
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
+        "trained 990 of 1,000 tokens",
+        "trained 1,000 of 1,000 tokens",
+    ]
+
+
 def test_time_left_follows_the_tokens_that_are_still_expected_and_this_process_own_pace():
     stream, clock = io.StringIO(), Clock()
     board = Board(stream=stream, clock=clock)

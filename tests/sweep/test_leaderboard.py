@@ -10,13 +10,13 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from manylora.config_text import dump_inline
 from manylora.sweep.leaderboard import (
     Entry,
     ended_lines,
-    inline,
     ranked,
     searched_keys,
     short,
@@ -62,8 +62,10 @@ values = st.recursive(
 
 
 @given(values)
+@example("a\nb")
+@example(["a\nb", {"c": 1e-5}])
 def test_a_value_of_any_kind_is_one_line_of_yaml_that_reads_back_as_itself(value):
-    text = inline(value)
+    text = dump_inline(value)
     assert "\n" not in text
     assert yaml.safe_load(text) == value
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -179,6 +180,42 @@ def test_savings_are_counted_by_level_and_add_up(tmp_path):
     assert cells[5:10] == ["600 tokens", "6", "4", "0", "2"]
 
 
+def test_trials_that_wait_at_a_level_are_neither_stopped_nor_gone_on(tmp_path):
+    entries = [entry(0, 1.0, state="waiting", tokens=300), entry(1, 2.0, state="running", tokens=400)]
+    entries.append(entry(2, 3.0, state="waiting", tokens=300))
+    text = Page(write_report(make_sweep(tmp_path, entries, stop="asha", levels=[300]))).sections
+    assert text["What early stop saved"].split("went on\n")[1].splitlines()[:5] == ["300 tokens", "3", "0", "2", "1"]
+
+
+def test_the_leaderboard_holds_every_trial_once_and_marks_the_winner_alone(tmp_path):
+    entries = [entry(trial, 1.0 + trial / 64) for trial in range(45)]
+    page = Page(write_report(make_sweep(tmp_path / "first", entries, winner={"trial": 0})))
+    rows = page.sections["Leaderboard"].split("1,200\n")
+    assert len(rows) == 46
+    assert "25 more trials" in page.sections["Leaderboard"]
+    kinds = [attrs["class"] for tag, attrs in page.seen if tag == "table"]
+    assert kinds[:2] == ["ranks led", "ranks"]
+    # a winner that is not in front is not the first row
+    other = Page(write_report(make_sweep(tmp_path / "other", entries, winner={"trial": 3})))
+    assert [attrs["class"] for tag, attrs in other.seen if tag == "table"][:2] == ["ranks", "ranks"]
+
+
+def test_training_loss_is_smoothed_and_levels_are_drawn_only_where_a_rule_judges(tmp_path):
+    noisy = [
+        {"event": "step", "member": "trial-000", "step": n, "loss": 5.0 - n / 100 + n % 2, "tokens": 10 * n}
+        for n in range(1, 401)
+    ]
+    run = make_sweep(tmp_path, [entry(0, 1.0)], levels=[300])
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in noisy))
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "judged at" not in html
+    ((kind, points, _),) = lines(svg(html.split("<figcaption>Training loss")[1]))
+    assert kind == "won"
+    # unsmoothed, neighbours are a fifth of the chart apart
+    jumps = [abs(y - before) for (_, before), (_, y) in itertools.pairwise(points)][20:]
+    assert max(jumps) < (HEIGHT - TOP - BOTTOM) / 40
+
+
 def test_members_of_a_trial_reach_a_level_by_their_own_tokens(tmp_path):
     two = entry(0, 1.0, repeats=2, tokens=800, full_tokens=2400, state="stopped")
     text = Page(write_report(make_sweep(tmp_path, [two], stop="median", levels=[300, 600]))).sections
@@ -207,6 +244,7 @@ def test_a_half_done_sweep_says_how_far_it_is_and_draws_what_there_is(tmp_path):
     assert "Use the adapter" not in page.sections
     assert "loss nan at step 2" in page.sections["Leaderboard"]
     assert "stopped so far" in page.sections["What early stop saved"]
+    assert "Saved by early stop" not in page.text
     assert page.lines("no") == 1 + 3 + 2  # the key, three trials without a loss, two of them with a training curve
     assert "trial 3, waiting: no eval loss; b 8" in page.text
 
@@ -272,7 +310,10 @@ def test_trials_of_one_member_have_no_spread_and_the_page_says_what_that_means(t
 
 
 def test_evaluations_stand_at_the_tokens_that_their_member_had_trained(tmp_path):
-    page = Page(write_report(make_sweep(tmp_path, [entry(0, 1.0, values={"a": 1})])))
+    run = make_sweep(tmp_path, [entry(0, 1.0, values={"a": 1})])
+    with EventLog(run) as log:
+        log.write("eval", member="trial-000", step=99, loss=9.0, tokens=1)
+    page = Page(write_report(run))
     assert "trial-000: eval loss 0.33333 after 1,200 tokens; a 1" in page.text
     assert "7.778M" not in page.sections["Curves of all members"]
 
@@ -361,6 +402,9 @@ def test_a_line_passes_each_axis_at_its_value_and_skips_what_it_has_not():
     assert len(axes) == 3
     assert [x for x, _ in points["trial 1"]] == [axes[0], axes[2]]
     assert [x for x, _ in points["trial 2"]] == axes[:2]
+    root = svg(parallel_coordinates(order, 0))
+    starts = [group.findall("path")[0].attrib["d"].count("M") for group in root.iter("g")]
+    assert sorted(starts) == [1, 1, 2]
 
 
 def test_without_a_searched_key_there_is_no_drawing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from manylora.errors import CheckpointBroken, ConfigError, UnknownName
@@ -127,6 +128,18 @@ def test_a_lock_left_by_a_killed_process_does_not_hold_for_ever(
     assert not list(tmp_path.glob("*.lock*"))
 
 
+def test_a_search_keeps_to_its_file_when_the_current_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    search = search_of("random", Path("optuna.log"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    values = search.propose(0)
+    assert search_of("random", tmp_path / "optuna.log").propose(0) == values
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 # Proposals
 
 
@@ -137,14 +150,13 @@ def test_proposals_follow_the_seed_and_nothing_else(name: str) -> None:
     assert first != other
 
 
-@pytest.mark.parametrize("name", sorted(SEARCHES))
-def test_what_earlier_searches_drew_changes_nothing(name: str) -> None:
-    """A sampler that is kept from proposal to proposal would remember; each is made anew."""
-    straight = [search_of(name).propose(0)]
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_a_search_that_is_reopened_before_each_trial_does_not_draw_the_same_again(name: str, tmp_path: Path) -> None:
+    """A sampler seeded alike in each process would; here each proposal has a seed of its own."""
+    reopened = [search_of(name, tmp_path / "optuna.log").propose(number) for number in range(6)]
+    assert len({values["train.learning_rate"] for values in reopened}) == 6
     search = search_of(name)
-    for _ in range(3):
-        assert search.propose(0) == straight[0]
-    assert search.propose(1) == search_of(name, storage=None).propose(0) or search.propose(1) != straight[0]
+    assert [search.propose(number) for number in range(6)] == reopened
 
 
 def test_only_tpe_learns_from_losses() -> None:
@@ -168,17 +180,17 @@ def test_tpe_is_random_until_enough_trials_have_ended() -> None:
 def test_tpe_finds_better_trials_than_random_search() -> None:
     best = {}
     for name in ("random", "tpe"):
-        losses = [min(map(loss_of, proposals(search_of(name, seed=seed, num_trials=24)))) for seed in range(12)]
+        losses = [min(map(loss_of, proposals(search_of(name, seed=seed, num_trials=40)))) for seed in range(6)]
         best[name] = sum(losses) / len(losses)
-    assert best["tpe"] < 0.7 * best["random"]
+    assert best["tpe"] < 0.5 * best["random"]
 
 
 @pytest.mark.parametrize("state", ["failed", "stopped", "done"])
 def test_tpe_keeps_away_from_where_trials_failed(state: str) -> None:
-    """Above 1e-3 every trial diverges; a quarter of the range would be there."""
+    """Above 1e-3 every trial diverges, a quarter of the range."""
     space = {"train.learning_rate": {"low": 1e-6, "high": 1e-2, "log": True}}
     bad = 0
-    for seed in range(6):
+    for seed in range(4):
         search = search_of("tpe", space=space, num_trials=40, seed=seed)
         for number in range(40):
             rate = search.propose(number)["train.learning_rate"]
@@ -186,21 +198,21 @@ def test_tpe_keeps_away_from_where_trials_failed(state: str) -> None:
             if rate > 1e-3:
                 search.tell(number, None if state == "failed" else math.inf, state)  # type: ignore[arg-type]
             else:
-                search.tell(number, 1.0 + (math.log10(rate) + 3.5) ** 2, "done")
-    assert bad < 0.2 * 120
+                search.tell(number, 1.0 + (math.log10(rate) + 4.5) ** 2, "done")
+    assert bad <= 4, "of 80; 20 if they were drawn at random"
 
 
 @pytest.mark.parametrize("name", ["random", "tpe"])
 def test_no_trial_repeats_another_until_the_space_is_used_up(name: str) -> None:
-    space = {"a": [1, 2, 3, 4], "b": {"low": 1, "high": 3}, "c": {"low": 0.0, "high": 0.4, "step": 0.1}}
+    space = {"a": [1, 2, 3], "b": {"low": 1, "high": 2}, "c": {"low": 0.0, "high": 0.4, "step": 0.1}}
     search = search_of(name, space=space, num_trials=1000)
-    assert search.num_trials == 60
+    assert search.num_trials == 30
     seen = Counter()
-    for number in range(60):
+    for number in range(30):
         values = search.propose(number)
         search.tell(number, values["a"] + values["b"], "done")
         seen[tuple(values.values())] += 1
-    assert len(seen) == 60
+    assert len(seen) == 30
     assert {values[2] for values in seen} == {0.0, 0.1, 0.2, 0.3, 0.4}
 
 
@@ -322,10 +334,8 @@ def test_more_trials_than_at_first_continue_the_same_search(tmp_path: Path) -> N
     begun = [first.propose(number) for number in range(4)]
     more = search_of("random", tmp_path / "optuna.log", num_trials=9)
     assert [more.propose(number) for number in range(4)] == begun
-    assert [more.propose(n) for n in range(9)] == [
-        search_of("random").propose(0),
-        *[more.propose(n) for n in range(1, 9)],
-    ]
+    straight = search_of("random", num_trials=9)
+    assert [more.propose(number) for number in range(9)] == [straight.propose(number) for number in range(9)]
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b'{"a": 1}\n', b"[1, 2]\n", b"just text", b'{"op": 1'])
@@ -342,9 +352,13 @@ def test_a_file_that_is_no_journal_is_refused_and_left_as_it_is(content: bytes, 
 
 @pytest.mark.parametrize("name", sorted(SEARCHES))
 def test_the_key_that_decides_has_the_largest_importance(name: str) -> None:
-    space = {"noise": [1, 2, 3], "rate": {"low": 1e-5, "high": 1e-1, "log": True, "num": 8}, "flat": [0.1, 0.2]}
+    space: dict[str, Any] = {
+        "noise": [1, 2, 3],
+        "rate": {"low": 1e-5, "high": 1e-1, "log": True, "num": 8},
+        "flat": [0.1, 0.2],
+    }
     if name != "grid":
-        del space["rank" if "rank" in space else "rate"]["num"]
+        del space["rate"]["num"]
     search = search_of(name, space=space, num_trials=40)
     for number in range(search.num_trials):
         rate = search.propose(number)["rate"]
@@ -380,14 +394,17 @@ def test_importances_of_too_few_trials_are_none() -> None:
         (
             "grid",
             {"space": SPACE},
-            "sweep.space.train.learning_rate is {low: 1.0e-05, high: 0.01, log: true}, and search: grid needs to know its "
-            "points\n  allowed: num (how many, both ends included), step (how far apart), or a list of choices\n"
-            "  next: for example sweep.space.train.learning_rate: {low: 1.0e-05, high: 0.01, log: true, num: 4}",
+            (
+                "sweep.space.train.learning_rate is {low: 1.0e-05, high: 0.01, log: true}, and search: grid "
+                "needs to know its points\n"
+                "  allowed: num (how many, both ends included), step (how far apart), or a list of choices\n"
+                "  next: for example sweep.space.train.learning_rate: {low: 1.0e-05, high: 0.01, log: true, num: 4}"
+            ),
         ),
         (
             "tpe",
             {"space": GRID_SPACE},
-            "sweep.space.train.learning_rate.num is 4, and sweep.search is tpe\n  allowed: num only with search: grid\n",
+            "sweep.space.train.learning_rate.num is 4, and sweep.search is tpe\n  allowed: num only with search: grid",
         ),
     ],
 )
@@ -402,14 +419,23 @@ def test_an_unknown_search_is_refused_with_near_names() -> None:
         search_of("gird")
 
 
-def test_optuna_says_nothing_and_its_settings_stay_as_they_were(capfd: pytest.CaptureFixture[str]) -> None:
+def test_optuna_says_nothing_and_its_settings_stay_as_they_were(tmp_path: Path) -> None:
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append
     before = optuna.logging.get_verbosity()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for name in SEARCHES:
-            search = search_of(name)
-            proposals(search)
-            search.importances()
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    logging.getLogger("optuna").addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for name in SEARCHES:
+                search = search_of(name, tmp_path / f"{name}.log")
+                proposals(search)
+                search.importances()
+        assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    finally:
+        logging.getLogger("optuna").removeHandler(handler)
+        optuna.logging.set_verbosity(before)
     assert caught == []
-    assert capfd.readouterr() == ("", "")
-    assert optuna.logging.get_verbosity() == before
+    assert said == []

@@ -147,6 +147,8 @@ def test_a_grid_visits_the_points_of_a_range_with_both_ends(written: dict, point
     assert seen == pytest.approx(points, rel=1e-12)
     assert (seen[0], seen[-1]) == (points[0], points[-1])
     if "step" in written:
+        distribution = parse_space({"k": written}).distributions()["k"]
+        assert distribution.high == points[-1], "where optuna would warn of a range that is no multiple of its step"
         assert seen == points, "0.3, and not 0.30000000000000004"
         assert sorted(trial["k"] for trial in values_of(parse_space({"k": written}), "random", 99)) == points
 

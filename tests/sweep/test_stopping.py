@@ -265,6 +265,33 @@ def test_finish_judges_a_level_by_those_that_came() -> None:
     assert rule.verdicts() == {26: "stop"}, "its level is judged; it must not wait for ever"
 
 
+def test_finish_after_a_replay_without_it_first_lets_go_and_only_then_judges_the_next_level() -> None:
+    rule = make("successive-halving", 27)
+    for trial in range(9):
+        rule.report(trial, 0, trial)
+    rule.report(0, 1, 0.0)  # it was let go by a `finish` that the replay leaves out, and so were 1 and 2
+    assert rule.finish() == {1: "go", 2: "go"} | dict.fromkeys(range(3, 9), "stop")
+    rule.report(1, 1, 1.0)
+    assert rule.verdicts() == {0: "wait", 1: "wait"}
+    rule.report(2, 1, 2.0)
+    assert rule.verdicts() == {0: "go", 1: "stop", 2: "stop"}
+
+
+@pytest.mark.parametrize("name", JUDGING)
+def test_what_a_stopped_trial_reports_is_not_counted(name: str) -> None:
+    rule, plain = make(name, 9), make(name, 9)
+    for each in (rule, plain):
+        for trial in range(9):
+            each.report(trial, 0, trial)
+        assert each.verdicts()[8] == "stop"
+    rule.report(8, 1, -1.0)
+    for each in (rule, plain):
+        each.report(0, 1, 1.0)
+        each.report(1, 1, 1.0)
+    assert rule.verdicts() == plain.verdicts()
+    assert rule.finish() == plain.finish()
+
+
 # ASHA
 
 
@@ -301,6 +328,18 @@ def test_asha_at_its_end_promotes_the_best_of_a_level_that_promoted_nobody() -> 
     assert rule.verdicts() == {1: "wait", 0: "stop"}
     assert rule.finish() == {1: "go"}
     assert rule.finish() == {}
+
+
+def test_asha_at_its_end_judges_no_level_that_others_were_just_let_into() -> None:
+    rule = make("asha", 8, reduction=2)
+    rule.report(0, 0, 1.0)
+    rule.report(1, 0, 2.0)
+    assert rule.verdicts() == {0: "go", 1: "wait"}
+    rule.report(0, 1, 1.0)
+    assert rule.verdicts() == {0: "wait", 1: "wait"}
+    rule.report(2, 0, 0.5)
+    rule.report(3, 0, 0.4)
+    assert rule.finish() == {2: "go", 3: "go"}
 
 
 @settings(max_examples=150, deadline=None)

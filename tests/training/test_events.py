@@ -87,19 +87,30 @@ def test_resuming_drops_what_came_after_the_checkpoint_and_goes_on_from_there(tm
     with EventLog(tmp_path) as log:
         log.write("admitted", member="a")
         for step in (1, 2, 3, 4):
-            log.write("step", member="a", step=step)
+            log.write("step", member="a", step=step, tick=step)
             if step == 2:
-                log.write("checkpoint", step=2)
+                log.write("checkpoint", step=2, tick=2)
         log.write("done")
         assert log.truncate_after(2) == 3
-        log.write("step", member="a", step=3)
+        log.write("step", member="a", step=3, tick=3)
     kept = [(event["event"], event.get("step")) for event in read_events(tmp_path)]
     assert kept == [("admitted", None), ("step", 1), ("step", 2), ("checkpoint", 2), ("step", 3)]
 
 
+def test_resuming_goes_by_the_tick_of_the_loop_and_not_by_the_step_of_a_member_that_came_late(tmp_path):
+    with EventLog(tmp_path) as log:
+        for tick in range(1, 7):
+            log.write("step", member="a", step=tick, tick=tick)
+            if tick > 3:
+                log.write("step", member="late", step=tick - 3, tick=tick)
+        assert log.truncate_after(4) == 4
+    kept = [(event["member"], event["step"]) for event in read_events(tmp_path)]
+    assert kept == [("a", 1), ("a", 2), ("a", 3), ("a", 4), ("late", 1)]
+
+
 def test_resuming_at_the_last_step_leaves_the_file_alone(tmp_path):
     with EventLog(tmp_path) as log:
-        log.write("step", step=1)
+        log.write("step", step=1, tick=1)
         before = (tmp_path / "events.jsonl").read_bytes()
         assert log.truncate_after(1) == 0
     assert (tmp_path / "events.jsonl").read_bytes() == before

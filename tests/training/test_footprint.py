@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
 from manylora.base.language import CHUNK_ELEMENTS, LanguageBase
+from manylora.base.load import load_base
 from manylora.data.batches import Epochs
 from manylora.data.collate import batch_of
 from manylora.data.example import Example
@@ -27,6 +29,7 @@ from manylora.objectives.classification import CLASSIFICATION
 from manylora.spec import AdapterSpec
 from manylora.training import footprint
 from manylora.training.footprint import (
+    BACKWARD_FACTOR,
     ENOUGH_TOKENS,
     SAFETY_SHARE,
     ActivationModel,
@@ -124,9 +127,22 @@ def test_a_base_that_takes_one_sequence_a_row_is_predicted(base):
     assert model.saved(*batch.targets["labels"].shape) == pytest.approx(counted(base, adapter, batch), rel=0.02)
 
 
-def test_rows_beyond_the_positions_of_the_base_are_measured_within_them(base):
+def test_rows_beyond_the_positions_of_the_base_are_measured_within_them():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=200, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=0
+    )
+    base = LanguageBase(GPT2LMHeadModel(config), name="learned positions")
     adapter = Adapter.new(base, AdapterSpec(rank=4), seed=0)
-    model = token_bytes(base, adapter, CAUSAL_LM, epochs_of(base, [90] * 8, row_tokens=800))
+    model = token_bytes(base, adapter, CAUSAL_LM, epochs_of(base, [60] * 8, row_tokens=800))
+    batch = language_batch(base, [[50, 20]] * 2)
+    assert model.saved(*batch.targets["labels"].shape) == pytest.approx(counted(base, adapter, batch), rel=0.02)
+
+
+def test_a_forward_of_a_packed_base_is_predicted(tiny_base_folder):
+    base = load_base(str(tiny_base_folder), dtype="float32", device="cpu", quantize="nf4")
+    adapter = Adapter.new(base, AdapterSpec(rank=4), seed=0)
+    model = token_bytes(base, adapter, CAUSAL_LM, epochs_of(base, [48, 48]))
     batch = language_batch(base, [[50, 20]] * 2)
     assert model.saved(*batch.targets["labels"].shape) == pytest.approx(counted(base, adapter, batch), rel=0.02)
 
@@ -162,9 +178,10 @@ def test_a_chunk_of_the_loss_holds_logits_and_their_gradients(base):
     model = token_bytes(base, adapter, CAUSAL_LM, epochs_of(base, [48, 48]))
     logits = 4 * base.vocabulary
     assert 3 * logits <= model.chunk <= 5 * logits + 64 * 4
-    assert model.total(2, 96) - model.saved(2, 96) == round(192 * model.chunk)
+    assert model.total(2, 96) == pytest.approx(BACKWARD_FACTOR * model.saved(2, 96) + 192 * model.chunk, abs=1)
     assert model.chunk_tokens == CHUNK_ELEMENTS // base.vocabulary
-    assert model.total(999, 96) - model.saved(999, 96) == round(model.chunk * model.chunk_tokens)
+    most = BACKWARD_FACTOR * model.saved(999, 96) + model.chunk_tokens * model.chunk
+    assert model.total(999, 96) == pytest.approx(most, abs=1)
 
 
 def test_rows_of_a_module_are_measured_too():
@@ -245,7 +262,7 @@ def chosen(free: int, **more) -> tuple[int, int, str]:
 def test_all_members_train_at_once_where_memory_holds_them():
     slots, budget, reason = chosen(1000 * MIB)
     assert (slots, budget) == (16, ENOUGH_TOKENS["cpu"])
-    assert reason.startswith("16 of 16 members train at once: all of them fit (1.0 MiB a member and 1.0 KiB a token")
+    assert reason.startswith("16 of 16 members train at once: all of them fit (1.0 MiB a member and 1.5 KiB a token")
 
 
 def test_memory_bounds_the_members_and_the_reason_says_so():
@@ -305,7 +322,8 @@ def test_what_is_chosen_fits_and_more_memory_never_means_fewer(trials, per_trial
     assert choose(2 * free)[0] >= slots
 
 
-@given(st.integers(0, 10**8), st.integers(1, 512), st.integers(1, 9))
-def test_the_tokens_within_a_number_of_bytes_take_no_more(held, width, members):
-    rows = MODEL.tokens_within(held, width, members) // width
-    assert rows == 0 or MODEL.total(rows, width, members) <= held
+@given(st.integers(0, 10**8), st.integers(1, 512), st.integers(1, 9), st.sampled_from([0.0, 1e6]))
+def test_the_tokens_within_a_number_of_bytes_take_no_more(held, width, members, fixed):
+    model = replace(MODEL, fixed=fixed)
+    rows = model.tokens_within(held, width, members) // width
+    assert rows == 0 or model.total(rows, width, members) <= held + 2  # rounding

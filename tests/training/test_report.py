@@ -293,7 +293,7 @@ def test_the_count_of_ticks_is_no_metric(tmp_path):
     run = make_run(tmp_path)
     with EventLog(run) as log:
         log.write("eval", member="default", step=6, loss=1.0, tick=6)
-    assert "Tick" not in Page(write_report(run)).text
+    assert "Eval tick" not in Page(write_report(run)).text
 
 
 def test_a_frame_of_another_size_keeps_the_same_margins():

@@ -39,4 +39,4 @@ def dropout_mask(stream: int, site: str, shape: tuple[int, int], probability: fl
     generator = torch.Generator(device=like.device)
     generator.manual_seed(mix(stream, site_key(site)) >> 1)
     keep = torch.rand(shape, generator=generator, device=like.device) >= probability
-    return keep.to(like.dtype) * (1.0 / (1.0 - probability))
+    return torch.where(keep, like.new_tensor(1.0 / (1.0 - probability)), like.new_zeros(()))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manylora.types import Segment
 
-LONGEST_COPIED = 256
+LONGEST_COPIED = 128
 """Items of a run up to which the calls that are saved outweigh the copies. Measured: see `blocks`."""
 LEAST_UNIT = 16
 """Items of a group below which the factors' copies, one for each group, outweigh padding."""
@@ -85,8 +85,9 @@ def blocks(segments: Sequence[Segment]) -> list[Block]:
     short enough to be copied: where they share a divisor of some size (rows of one width, several of them for some
     members) they are cut to it; else those of about one length are padded together. The rest stand alone.
 
-    A copy pays while a product is shorter than the call that starts it: for runs of 64 items of width 576 in bfloat16
-    a block of 16 takes 0.5 of the time of 16 calls, for 256 items 0.9, for 1024 items 1.2 (one thread).
+    A copy pays while a product is no longer than the call that starts it. Sixteen uneven runs of rank 16 in bfloat16,
+    forward and backward on one thread, a copied block over a loop: width 576: 0.57 for runs of 64, 0.53 for 128, 0.73
+    for 256, 2.4 for 1024; width 1536: 0.66, 1.0, 1.0, 2.1. Padded: 576: 0.55, 0.75, 1.1; 1536: 1.0, 1.2, 1.5.
     """
     segments = [segment for segment in segments if segment.stop > segment.start]
     if not segments:

@@ -192,7 +192,10 @@ def _stacked(like: Tensor, parts: list[Block], products: list[Tensor]) -> Tensor
         return products[0].to(like.dtype)
     total = torch.zeros_like(like)
     for block, product in zip(parts, products, strict=True):
-        total.index_add_(0, _index(block.places, like.device), product.to(like.dtype))
+        if len(block.places) == 1:
+            total[block.places[0]].add_(product[0])
+        else:
+            total.index_add_(0, _index(block.places, like.device), product.to(like.dtype))
     return total
 
 

@@ -66,7 +66,7 @@ class Director:
         self._unstarted: deque[str] = deque()
         self._orders: deque[Order] = deque()  # continue and dismiss, for members that wait
 
-    # -- what loops ask --------------------------------------------------------------------------------------------------
+    # -- what loops ask ------------------------------------------------------------------------------------------------
 
     def next(self, *, free: bool, idle: bool) -> Order | None:
         """A dismissal needs no slot; then those that wait and may go on, then new members, in order of trial."""
@@ -134,7 +134,7 @@ class Director:
                 case "ended":
                     self.ended(Ending(**told[0]))
 
-    # -- what people ask -------------------------------------------------------------------------------------------------
+    # -- what people ask -----------------------------------------------------------------------------------------------
 
     def config(self, member: str) -> Config:
         """The configuration that trains a member alone."""
@@ -181,7 +181,7 @@ class Director:
     def num_trials(self) -> int:
         return self._search.num_trials
 
-    # -- within ----------------------------------------------------------------------------------------------------------
+    # -- within --------------------------------------------------------------------------------------------------------
 
     def _next(self, free: bool, expected: Order | None = None) -> Order | None:
         order = self._take(free, expected)
@@ -243,7 +243,7 @@ class Director:
         self._settle({})
 
     def _settle(self, asked: Mapping[str, _Member]) -> dict[str, Verdict]:
-        """Carry out what the rule says until it says nothing new: a trial that ended early may count at several levels."""
+        """Carry out what the rule says until it says nothing new: a trial that ended counts at further levels."""
         answers: dict[str, Verdict] = {}
         while True:
             verdicts = self._rule.verdicts()

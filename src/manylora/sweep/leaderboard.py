@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -90,7 +89,7 @@ def write_csv(entries: Iterable[Entry], path: str | Path) -> None:
     writer.writerow(["place", "trial", "member", "state", "tokens", "eval_loss", "spread", *metrics, *keys])
     for place, entry in enumerate(order, start=1):
         numbers = [finite(entry.loss), finite(entry.spread), *(finite(entry.metrics.get(name)) for name in metrics)]
-        values = [inline(entry.values[key]) if key in entry.values else "" for key in keys]
+        values = [dump_inline(entry.values[key]) if key in entry.values else "" for key in keys]
         writer.writerow([place, entry.trial, entry.member, entry.state, entry.tokens, *numbers, *values])
     write_text_atomic(path, text.getvalue())
 
@@ -169,16 +168,9 @@ def short_names(keys: Sequence[str]) -> list[str]:
     return [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
 
 
-def inline(value: Any) -> str:
-    """A value as one line of YAML."""
-    text = dump_inline(value)
-    # YAML folds a text with line ends over several lines; as JSON, which is YAML too, it is one
-    return json.dumps(value, ensure_ascii=False) if "\n" in text else text
-
-
 def short(value: Any) -> str:
     """A searched value to read at a glance: 2e-4 for 0.0002; all but decimal numbers as YAML."""
-    return short_number(value) if isinstance(value, float) and math.isfinite(value) else inline(value)
+    return short_number(value) if isinstance(value, float) and math.isfinite(value) else dump_inline(value)
 
 
 def finite(value: float | None) -> float | None:

@@ -63,17 +63,16 @@ class Ledger:
         sweep, trials = self._sweep, self._director.num_trials
         members = sweep.repeats * (sweep.folds or 1)
         what = f"{trials} trials" + (f" of {members} members each" if members > 1 else "")
-        lines = [
-            f"sweep: {what} by {sweep.search} search over {', '.join(sweep.space)}; "
-            f"a member trains {self._full_tokens:,} tokens to its end"
-        ]
+        over = f"by {sweep.search} search over {', '.join(sweep.space)}"
+        lines = [f"sweep: {what} {over}; a member trains {self._full_tokens:,} tokens to its end"]
         if self._levels:
             at = ", ".join(f"{tokens:,}" for tokens in self._levels)
             lines.append(f"{sweep.stop.rule} judges trials at {at} trained tokens")
         return lines
 
     def event(self, name: str, **fields: Any) -> None:
-        assert self._log is not None and self._trackers is not None, "a ledger is opened before its first event"
+        assert self._log is not None, "a ledger is opened before its first event"
+        assert self._trackers is not None
         if not self._started:
             self._started = True
             self._board.start(self._expected(), done=sum(entry.tokens for entry in self._director.entries()))
@@ -142,5 +141,6 @@ class Ledger:
 
 
 def tokens_saved(told: Mapping[str, Any]) -> float:
-    """The share of the full search's tokens that early stop has saved, from what sweep.json holds."""
-    return 1.0 - told["tokens"] / told["full_tokens"] if told["full_tokens"] else 0.0
+    """The share of the full search's tokens that stopping trials early has saved, from what sweep.json holds."""
+    saved = sum(one["full_tokens"] - one["tokens"] for one in told["entries"] if one["state"] == "stopped")
+    return saved / told["full_tokens"] if told["full_tokens"] else 0.0

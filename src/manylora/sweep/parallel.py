@@ -9,7 +9,8 @@ from html import escape
 from statistics import median
 from typing import Any
 
-from manylora.sweep.leaderboard import Entry, finite, inline, searched_keys, short, short_names, values_text
+from manylora.config_text import dump_inline
+from manylora.sweep.leaderboard import Entry, finite, searched_keys, short, short_names, values_text
 from manylora.sweep.shades import fence, hover_line, mark
 from manylora.training.charts import round_ticks, short_number
 
@@ -150,11 +151,11 @@ def _cut(text: str, letters: int, full: str) -> str:
 
 
 def _categories(values: Sequence[Any]) -> Axis:
-    found = {inline(value): value for value in values}
+    found = {dump_inline(value): value for value in values}
     numbers = sorted((name for name in found if _is_number(found[name])), key=lambda name: found[name])
     names = [*numbers, *sorted(name for name in found if name not in numbers)]
     shares = {name: index / (len(names) - 1) if len(names) > 1 else 0.5 for index, name in enumerate(names)}
-    return Axis("category", lambda value: shares[inline(value)], [(shares[name], name) for name in names])
+    return Axis("category", lambda value: shares[dump_inline(value)], [(shares[name], name) for name in names])
 
 
 def _powers(low: float, high: float) -> list[float]:

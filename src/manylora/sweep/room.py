@@ -24,7 +24,7 @@ def room_for(config: Config, stock: Stock, likely: Sequence[Config], num_trials:
     """
     sweep = config.sweep
     assert sweep is not None
-    kinds = {json.dumps([one.adapter.model_dump(mode="json"), one.train.optimizer], sort_keys=True): one for one in likely}
+    kinds = {json.dumps([one.adapter.model_dump(mode="json"), one.train.optimizer]): one for one in likely}
     largest = sorted(kinds.values(), key=lambda one: -max(one.adapter.rank, *one.adapter.rank_pattern.values(), 0))
     longest = max(likely, key=lambda one: one.train.row_tokens * one.train.rows_per_step)
     made = [(one, *stock.member(one, "probe")) for one in largest[:PROBED]]

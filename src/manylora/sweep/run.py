@@ -8,21 +8,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from manylora.adapters.adapter import Adapter
-from manylora.config import Config
+from manylora.config import Config, StopConfig
 from manylora.errors import ConfigError, NonFiniteLoss
 from manylora.files import write_folder_atomic, write_json_atomic
 from manylora.sweep.board import Board
 from manylora.sweep.director import Director
 from manylora.sweep.engines import ENGINES
 from manylora.sweep.ledger import Ledger
+from manylora.sweep.report import write_report
 from manylora.sweep.search import Search
 from manylora.sweep.space import parse_space
-from manylora.sweep.stopping import RULES, StopSettings
+from manylora.sweep.stopping import RULES, settings_of
 from manylora.sweep.trials import Trials, levels_of
 from manylora.training.folder import RunFolder
 from manylora.training.memory import peak_bytes
 from manylora.training.prepare import Stock
-from manylora.training.report import write_report
 from manylora.training.run import Result, compare
 
 BEST = "best"
@@ -72,9 +72,9 @@ def sweep(
     num_trials = config.sweep.trials or (None if config.sweep.search == "grid" else DEFAULT_TRIALS)
     told = {"seed": config.sweep.seed, "num_trials": num_trials, "study_name": folder.path.name}
     stop = config.sweep.stop
-    settings = StopSettings(
-        reduction=stop.reduction, first_share=stop.first_share, min_reports=stop.min_reports
-    )
+    defaults = StopConfig()
+    given = {name: getattr(stop, name) for name in type(stop).model_fields if name != "rule"}
+    settings = settings_of(stop.rule, {name: own for name, own in given.items() if own != getattr(defaults, name)})
     # Judged before anything is written: a space or a budget that cannot be searched.
     rehearsed = Search(config.sweep.search, space, storage=None, **told)
     rule = RULES.get(stop.rule)(rehearsed.num_trials, settings)
@@ -105,15 +105,17 @@ def settled(config: Config) -> tuple[Config, list[str]]:
     schedule = config.train.schedule
     if "schedule" not in config.train.model_fields_set:
         train = config.train.model_copy(update={"schedule": "wsd"})
-        return config.model_copy(update={"train": train}), [
+        why = (
             f"train.schedule is wsd: trials that {config.sweep.stop.rule} judges early have then trained at their full "
             "rate, and those that go on still decay at their end"
-        ]
+        )
+        return config.model_copy(update={"train": train}), [why]
     if schedule in LONG_DECAYS:
-        return config, [
+        why = (
             f"train.schedule is {schedule}: each trial keeps its full-length schedule, and those judged early are "
             "judged far above their last rate; wsd compares them more fairly"
-        ]
+        )
+        return config, [why]
     return config, []
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 State = Literal["done", "stopped", "failed"]
 
-REDRAWS = 32
+REDRAWS = 8
 """A trial that would repeat another's values is drawn again so often; then it takes a point not tried yet."""
 LOCK_SECONDS = 5
 """A lock on the journal older than this was left behind by a process that was killed."""
@@ -231,42 +231,44 @@ def _open(path: Path | None, name: str) -> tuple[BaseStorage, Study]:
     from optuna.storages import InMemoryStorage, JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-    storage: BaseStorage
     if path is None:
-        storage = InMemoryStorage()
+        storage: BaseStorage = InMemoryStorage()
     else:
+        _mend(path)
         # Absolute, and not optuna's own lock: that one is a link to the path as given, and where it dangles the wait
         # for a lock that was left behind has no end. The two exclude each other.
         file = str(path.absolute())
-        _cut_torn_line(path)
         try:
             storage = JournalStorage(JournalFileBackend(file, JournalFileOpenLock(file, grace_period=LOCK_SECONDS)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointBroken(
-                f"{path} is no journal of optuna: {error}", next_step="set another output, or move the file away"
-            ) from error
-    return storage, optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
+            raise _broken(path, str(error)) from error
+    if name in {study.study_name for study in storage.get_all_studies()}:
+        return storage, optuna.load_study(storage=storage, study_name=name)
+    return storage, optuna.create_study(storage=storage, study_name=name, direction="minimize")
 
 
-def _cut_torn_line(path: Path) -> None:
+def _mend(path: Path) -> None:
     """Takes away the end of a journal whose writer was killed within a line; optuna would write on behind it.
 
     Raises:
-        CheckpointBroken: the end is no line of a journal; nothing is taken away.
+        CheckpointBroken: the last line is no line of a journal; nothing is taken away.
     """
     if not path.exists():
         return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    torn = content[whole:]
-    if torn and torn[: len(_LINE)] != _LINE[: len(torn)]:
-        raise CheckpointBroken(
-            f"{path} is no journal of optuna: it ends in {torn[:40]!r}",
-            next_step="set another output, or move the file away",
-        )
+    *lines, torn = path.read_bytes().split(b"\n")
+    # optuna looks at the last line only when another follows it.
+    for line in (*lines[-1:], torn):
+        if line[: len(_LINE)] != _LINE[: len(line)]:
+            raise _broken(path, f"it ends in {line[:40]!r}")
     if torn:
         with path.open("r+b") as file:
-            file.truncate(whole)
+            file.truncate(path.stat().st_size - len(torn))
+
+
+def _broken(path: Path, why: str) -> CheckpointBroken:
+    return CheckpointBroken(
+        f"{path} is no journal of optuna: {why}", next_step="set another output, or move the file away"
+    )
 
 
 @contextmanager

@@ -114,9 +114,7 @@ class Checkpoints:
         path = self.folder / f"step-{tick}"
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return Saved(
-                path, int(state["tick"]), state["running"], state["waiting"], state["ended"], state["source"]
-            )
+            return Saved(path, int(state["tick"]), state["running"], state["waiting"], state["ended"], state["source"])
         except (OSError, ValueError, KeyError) as error:
             raise _broken(path, error) from error
 
@@ -166,9 +164,7 @@ class Checkpoints:
 def _read(path: Path) -> Kept:
     try:
         tensors = load_file(path)
-        return Kept(
-            unflatten(_part(tensors, "now")), _part(tensors, "optimizer"), unflatten(_part(tensors, "best"))
-        )
+        return Kept(unflatten(_part(tensors, "now")), _part(tensors, "optimizer"), unflatten(_part(tensors, "best")))
     except (OSError, ValueError, SafetensorError) as error:
         raise _broken(path, error) from error
 

@@ -197,9 +197,7 @@ class Loop:
                 other.slot = -1
         member.slot = slot
         self._enter(member, adapter, kept)
-        full = tokens_of(
-            member.epochs, steps=member.recipe.total_steps, rows_per_step=member.recipe.rows_per_step
-        )
+        full = tokens_of(member.epochs, steps=member.recipe.total_steps, rows_per_step=member.recipe.rows_per_step)
         self._event(event, member, slot=slot, steps=member.recipe.last_step, full_tokens=full)
         self.source.started(member.name, full)
 

@@ -28,6 +28,7 @@ from manylora.training.data import (
     text_data,
 )
 from manylora.training.member import Member, Recipe, steps_for, tokens_of, total_steps
+from manylora.training.rates import auto_rate
 
 if TYPE_CHECKING:
     from manylora.config import Config
@@ -52,7 +53,9 @@ class Stock:
         self._use_cache = use_cache
         self._data: dict[str, RunData] = {}
         self._opened = self._sources(config)
-        self.base: Any = _language_base(config, self._objects) if self.task.kinds else _module_base(config, self._objects)
+        self.base: Any = (
+            _language_base(config, self._objects) if self.task.kinds else _module_base(config, self._objects)
+        )
         self.notes: list[str] = list(self.base.notes)
         if self.task.kinds and self.task.causal and not self.base.causal:
             raise ConfigError(
@@ -97,9 +100,7 @@ class Stock:
     def full_tokens(self, config: Config) -> int:
         """Trained tokens of a member that runs to its end."""
         member = self._laid_out(config, "", config.adapter.spec(), self.data(config))
-        return tokens_of(
-            member.epochs, steps=member.recipe.total_steps, rows_per_step=member.recipe.rows_per_step
-        )
+        return tokens_of(member.epochs, steps=member.recipe.total_steps, rows_per_step=member.recipe.rows_per_step)
 
     def _laid_out(self, config: Config, name: str, spec: AdapterSpec, data: RunData) -> Member:
         row_tokens, seed = self.row_tokens(config), config.train.seed
@@ -214,9 +215,13 @@ def make_recipe(config: Config, epochs: Epochs, base: FrozenModel) -> tuple[Reci
     warmup = train.warmup_steps if train.warmup_steps is not None else math.ceil(train.warmup_ratio * steps)
     rate, notes = train.learning_rate, []
     if rate == "auto":
-        from manylora.training.rates import auto_rate
-
-        rate, reason = auto_rate(base, method=config.adapter.method, rows_per_step=train.rows_per_step, total_steps=steps)
+        rate, reason = auto_rate(
+            base,
+            method=config.adapter.method,
+            rows_per_step=train.rows_per_step,
+            total_steps=steps,
+            optimizer=train.optimizer,
+        )
         notes = [reason]
     recipe = Recipe(
         learning_rate=rate,

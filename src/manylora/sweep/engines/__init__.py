@@ -1,4 +1,4 @@
-"""Where the members of a sweep train: in this process, or in several over Ray. One file each, one line in this table."""
+"""Where the members of a sweep train: here, or in processes over Ray; one file each, one line in this table."""
 
 from manylora.table import Table
 

@@ -54,7 +54,7 @@ class SuccessiveHalving:
 
     def _is_complete(self, level: int) -> bool:
         entered = self._ledger.gone[level - 1] if level else range(self._ledger.num_trials)
-        return all(trial in self._ledger.losses[level] or trial in self._ledger.stopped for trial in entered)
+        return all(trial in self._ledger.losses[level] for trial in entered)
 
     def _judge(self, level: int) -> dict[int, Verdict]:
         ledger = self._ledger

@@ -90,15 +90,17 @@ class StackedOptimizer:
         The gradients of the slots named are clipped in place, as torch.nn.utils.clip_grad_norm_ does.
         """
         clips = {slot: _clip_factor(update, norms[slot]) for slot, update in updates.items()}
-        # What the rule reads of a slot's settings; where they are equal, slots are updated in one call.
-        alike = {slot: replace(update, clip_norm=None) for slot, update in updates.items()}
-        work: dict[SlotUpdate, _Work] = {}
+        # Slots are updated together where all that a rule reads of their settings is equal.
+        kinds = {slot: replace(update, clip_norm=None) for slot, update in updates.items()}
+        settings = list(dict.fromkeys(kinds.values()))
+        kind_of = {slot: settings.index(kind) for slot, kind in kinds.items()}
+        work = [_Work(2 + len(self.state_names)) for _ in settings]
         for stack in self.bank.stacks.values():
             places = [place for place, slot in enumerate(stack.slots) if slot in updates]
             if not places:
                 continue
-            settings = [alike[stack.slots[place]] for place in places]
-            whole = len(places) == len(stack.slots) and len(set(settings)) == 1
+            found = [kind_of[stack.slots[place]] for place in places]
+            whole = len(places) == len(stack.slots) and len(set(found)) == 1
             factors = [clips.get(slot, 1.0) for slot in stack.slots]
             for name, tensor in stack.tensors.items():
                 grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous()
@@ -107,14 +109,15 @@ class StackedOptimizer:
                     grad.mul_(torch.tensor(factors, dtype=grad.dtype, device=grad.device).view(shape))
                 columns = [tensor, grad, *(self._tensor(stack, name, key) for key in self.state_names)]
                 if whole:
-                    work.setdefault(settings[0], _Work(len(columns))).add(columns)
+                    work[found[0]].add(columns)
                     continue
                 by_place = [column.unbind(0) for column in columns]
-                for place, setting in zip(places, settings, strict=True):
-                    work.setdefault(setting, _Work(len(columns))).add([column[place] for column in by_place])
-        for setting, found in work.items():
-            values, grads, *state = found.columns
-            self.rule(values, grads, dict(zip(self.state_names, state, strict=True)), setting)
+                for place, kind in zip(places, found, strict=True):
+                    work[kind].add([column[place] for column in by_place])
+        for setting, gathered in zip(settings, work, strict=True):
+            values, grads, *state = gathered.columns
+            if values:
+                self.rule(values, grads, dict(zip(self.state_names, state, strict=True)), setting)
 
     def _tensor(self, stack: Stack, name: str, key: str) -> Tensor:
         """A tensor of state as large as the stack's; places that the stack gained since start at zero."""

@@ -1,0 +1,48 @@
+"""Freed memory that is kept is not faulted in again, and is given back at the end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import resource, torch
+from pathlib import Path
+from manylora.ops.allocator import freed_memory_kept
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(16 << 20)  # 64 MiB, and freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def held():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+faults()
+start = held()
+with freed_memory_kept() as kept:
+    faults()
+    inside, at_most = faults(), held()
+print(kept, inside, faults(), at_most - start, held() - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_and_then_given_back() -> None:
+    told = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True).stdout.split()
+    if told[0] == "False":
+        pytest.skip("another malloc")
+    inside, outside, held_inside, held_after = map(int, told[1:])
+    assert inside < 100 < outside
+    assert held_inside > 60 << 20
+    assert held_after < 8 << 20
+
+
+def test_a_system_without_such_a_malloc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from manylora.ops.allocator import freed_memory_kept
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with freed_memory_kept() as kept:
+        assert not kept

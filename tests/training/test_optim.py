@@ -1,0 +1,263 @@
+"""What the optimisers over stacks owe: torch's own numbers for each slot, whatever its neighbours are doing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from manylora.adapters.adapter import Adapter
+from manylora.adapters.bank import Bank
+from manylora.base.frozen import FrozenModel
+from manylora.spec import AdapterSpec
+from manylora.training.optim import OPTIMIZERS
+from manylora.training.optim.stacked import SlotUpdate, StackedOptimizer, drop_gradients, gradient_norms
+from manylora.types import Stack
+
+SPECS = (
+    AdapterSpec(rank=4, sites=("all-linear",)),
+    AdapterSpec(rank=3, sites=("all-linear",)),  # padded to 4: shares the first one's stacks
+    AdapterSpec(rank=2, sites=("0",), full_sites=("1",)),
+)
+UPDATES = (
+    {"rate": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "clip_norm": 0.5},
+    {"rate": 3e-3, "weight_decay": 0.0, "betas": (0.8, 0.999), "clip_norm": None, "epsilon": 1e-6},
+    {"rate": 5e-2, "weight_decay": 0.01, "betas": (0.9, 0.95), "clip_norm": 100.0},
+)
+ALIKE = ({"rate": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "clip_norm": 0.5},) * 3
+
+
+def bank_of(*specs: AdapterSpec, dtype: torch.dtype = torch.float64, width: int = 5) -> Bank:
+    torch.manual_seed(0)
+    base = FrozenModel(nn.Sequential(nn.Linear(6, width), nn.Linear(width, 7)).to(dtype))
+    bank = Bank(base, num_slots=len(specs), dtype=dtype)
+    for slot, spec in enumerate(specs):
+        bank.put(Adapter.new(base, spec, seed=slot), slot=slot)
+    return bank
+
+
+def held(bank: Bank, slot: int, what: Callable[[Tensor], Tensor | None] = lambda tensor: tensor) -> list[Tensor]:
+    """A slot's part of each tensor of its stacks, or of their gradients; copies."""
+    found = []
+    for stack, place in bank.places(slot):
+        for tensor in stack.tensors.values():
+            whole = what(tensor)
+            assert whole is not None
+            found.append(whole.detach()[place].clone())
+    return found
+
+
+def real(stack: Stack, place: int, name: str) -> tuple[slice, ...]:
+    """Where a place's own numbers lie, without the padding of its rank."""
+    if stack.method != "lora":
+        return (slice(None),)
+    own = slice(0, stack.ranks[place])
+    return (own,) if name == "a" else (slice(None), own)
+
+
+def draw_gradients(bank: Bank, draw: torch.Generator, size: float = 1.0) -> None:
+    """Random gradients everywhere but in padding and in free places, as a backward gives them."""
+    for stack in bank.stacks.values():
+        for name, tensor in stack.tensors.items():
+            tensor.grad = torch.zeros_like(tensor)
+            for place, slot in enumerate(stack.slots):
+                if slot != -1:
+                    own = tensor.grad[place][real(stack, place, name)]
+                    own.copy_(torch.randn(own.shape, generator=draw, dtype=torch.float64) * size)
+
+
+def updates(step: int, chosen: tuple[dict, ...], slots: list[int]) -> dict[int, SlotUpdate]:
+    return {slot: SlotUpdate(step=step, **chosen[slot]) for slot in slots}
+
+
+def torch_sgd(twins: list[Tensor], rate: float, decay: float, betas: tuple[float, float]) -> Callable[[], None]:
+    own = torch.optim.SGD(twins, lr=rate, momentum=betas[0])
+
+    def step() -> None:
+        with torch.no_grad():
+            for twin in twins:
+                twin.mul_(1 - rate * decay)  # decoupled: torch's own would go through the momentum
+        own.step()
+
+    return step
+
+
+def torch_adamw(
+    twins: list[Tensor], rate: float, decay: float, betas: tuple[float, float], epsilon: float = 1e-8
+) -> Callable[[], None]:
+    return torch.optim.AdamW(twins, lr=rate, weight_decay=decay, betas=betas, eps=epsilon).step
+
+
+@pytest.mark.parametrize("chosen", [UPDATES, ALIKE], ids=["mixed", "alike"])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_fifty_steps_equal_torchs_for_each_slot(name: str, chosen: tuple[dict, ...]) -> None:
+    bank = bank_of(*SPECS)
+    twins = [[nn.Parameter(part) for part in held(bank, slot)] for slot in range(3)]
+    made = {"adamw": torch_adamw, "sgd": torch_sgd}[name]
+    truth = []
+    for slot, one in enumerate(chosen):
+        more = {"epsilon": one["epsilon"]} if name == "adamw" and "epsilon" in one else {}
+        truth.append(made(twins[slot], one["rate"], one["weight_decay"], one["betas"], **more))
+    own = OPTIMIZERS.get(name)(bank)
+    draw = torch.Generator().manual_seed(1)
+    for step in range(1, 51):
+        draw_gradients(bank, draw, size=0.1 if step % 7 else 30.0)  # with and without a bound that is reached
+        norms = gradient_norms(bank)
+        for slot, one in enumerate(chosen):
+            for twin, grad in zip(twins[slot], held(bank, slot, lambda tensor: tensor.grad), strict=True):
+                twin.grad = grad
+            bound = math.inf if one["clip_norm"] is None else one["clip_norm"]
+            norm = torch.nn.utils.clip_grad_norm_(twins[slot], bound)
+            assert norms[slot] == pytest.approx(norm.item(), rel=1e-13)
+            truth[slot]()
+        own.step(updates(step, chosen, [0, 1, 2]), norms)
+        drop_gradients(bank)
+        for slot in range(3):
+            for got, want in zip(held(bank, slot), twins[slot], strict=True):
+                torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 2)), min_size=1, max_size=5))
+def test_slots_that_are_stepped_at_different_times_are_as_if_alone(name: str, steps: list[set[int]]) -> None:
+    """Some slots step, others wait: each has the numbers of a bank in which it is the only one that ever moves."""
+    bank, lone = bank_of(*SPECS), [bank_of(*SPECS) for _ in SPECS]
+    own, others = OPTIMIZERS.get(name)(bank), [OPTIMIZERS.get(name)(one) for one in lone]
+    done = [0, 0, 0]
+    for number, slots in enumerate(steps):
+        before = [held(bank, slot) for slot in range(3)]
+        together: dict[int, SlotUpdate] = {}
+        for slot in sorted(slots):
+            done[slot] += 1
+            together |= updates(done[slot], UPDATES, [slot])
+        for one in (bank, *lone):
+            draw_gradients(one, torch.Generator().manual_seed(number))
+        for slot in slots:
+            others[slot].step({slot: together[slot]}, gradient_norms(lone[slot]))
+        own.step(together, gradient_norms(bank))
+        for slot in range(3):
+            expected = held(lone[slot], slot) if slot in slots else before[slot]
+            for got, want in zip(held(bank, slot), expected, strict=True):
+                assert torch.equal(got, want)
+            for key, value in others[slot].slot_state(slot).items():
+                assert torch.equal(own.slot_state(slot)[key], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_padding_of_a_rank_stays_exactly_zero(name: str, dtype: torch.dtype) -> None:
+    bank = bank_of(*SPECS, dtype=dtype)
+    own = OPTIMIZERS.get(name)(bank)
+    draw = torch.Generator().manual_seed(1)
+    for step in range(1, 21):
+        draw_gradients(bank, draw)
+        own.step(updates(step, UPDATES, [0, 1, 2]), gradient_norms(bank))
+    for stack in bank.stacks.values():
+        for place, rank in enumerate(stack.ranks):
+            if stack.method == "lora":
+                assert not stack.tensors["a"][place, rank:].any()
+                assert not stack.tensors["b"][place, :, rank:].any()
+                assert stack.tensors["b"][place, :, :rank].all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_slot_whose_gradient_is_not_finite_leaves_the_others_alone(name: str, bad: float) -> None:
+    banks = [bank_of(*SPECS) for _ in range(2)]
+    for bank in banks:
+        draw_gradients(bank, torch.Generator().manual_seed(1))
+    stack, place = banks[0].places(1)[0]
+    stack.tensors["a"].grad[place, 0, 0] = bad
+    norms = gradient_norms(banks[0])
+    assert not math.isfinite(norms[1])
+    before = held(banks[0], 1)
+    for bank in banks:
+        OPTIMIZERS.get(name)(bank).step(updates(1, UPDATES, [0, 2]), gradient_norms(bank))
+    for slot in (0, 2):
+        assert norms[slot] == gradient_norms_alone(slot)
+        assert all(torch.equal(a, b) for a, b in zip(held(banks[0], slot), held(banks[1], slot), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(held(banks[0], 1), before, strict=True))
+
+
+def gradient_norms_alone(slot: int) -> float:
+    bank = bank_of(*SPECS)
+    draw_gradients(bank, torch.Generator().manual_seed(1))
+    return gradient_norms(bank)[slot]
+
+
+def test_norms_leave_free_places_and_missing_gradients_out() -> None:
+    bank = bank_of(*SPECS)
+    assert gradient_norms(bank) == [0.0, 0.0, 0.0]
+    draw_gradients(bank, torch.Generator().manual_seed(1))
+    bank.clear(1)
+    for stack in bank.stacks.values():
+        if -1 in stack.slots:
+            stack.tensors["a"].grad[stack.slots.index(-1)] = math.nan
+    want = torch.cat([part.flatten() for part in held(bank, 0, lambda tensor: tensor.grad)]).norm().item()
+    found = gradient_norms(bank)
+    assert found[0] == pytest.approx(want, rel=1e-13)
+    assert found[1] == 0.0
+
+
+def test_a_tensor_without_a_gradient_decays_and_no_more() -> None:
+    bank = bank_of(SPECS[0])
+    before = held(bank, 0)
+    OPTIMIZERS.get("adamw")(bank).step(updates(1, UPDATES, [0]), gradient_norms(bank))
+    for got, want in zip(held(bank, 0), before, strict=True):
+        torch.testing.assert_close(got, want * (1 - 1e-2 * 0.1), rtol=1e-14, atol=0.0)
+
+
+def test_slots_of_equal_settings_are_updated_in_one_call() -> None:
+    calls = []
+
+    class Counting(StackedOptimizer):
+        def rule(self, values: list[Tensor], grads: list[Tensor], state: object, update: SlotUpdate) -> None:
+            calls.append((len(values), update.rate))
+            assert all(value.shape == grad.shape for value, grad in zip(values, grads, strict=True))
+
+    bank = bank_of(SPECS[0], SPECS[0], SPECS[1])
+    num_tensors = sum(len(stack.tensors) for stack in bank.stacks.values())
+    draw_gradients(bank, torch.Generator().manual_seed(1))
+    own = Counting(bank)
+    own.step(updates(1, ALIKE, [0, 1, 2]), gradient_norms(bank))
+    assert calls == [(num_tensors, 1e-2)]  # whole stacks, no place by itself
+    calls.clear()
+    own.step(updates(1, (ALIKE[0], ALIKE[0], UPDATES[2]), [0, 1, 2]), gradient_norms(bank))
+    assert calls == [(2 * num_tensors, 1e-2), (num_tensors, 5e-2)]
+
+
+class Made(TorchDispatchMode):
+    """The size of the largest new tensor."""
+
+    def __init__(self, known: set[int]):
+        super().__init__()
+        self.known = known
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in self.known:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_a_step_makes_nothing_as_large_as_a_place_of_a_stack() -> None:
+    """A further member costs its factors, its gradient and its states; no plan has room for more of that size."""
+    bank = bank_of(SPECS[0], SPECS[1], SPECS[0], width=500)
+    own = OPTIMIZERS.get("adamw")(bank)
+    draw_gradients(bank, torch.Generator().manual_seed(0))
+    own.step(updates(1, UPDATES, [0, 1, 2]), gradient_norms(bank))  # the first makes the states
+    tensors = [stack.tensors[name] for stack in bank.stacks.values() for name in stack.tensors]
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*tensors, *own._state.values())}
+    known |= {tensor.grad.untyped_storage().data_ptr() for tensor in tensors if tensor.grad is not None}
+    with Made(known) as seen:
+        own.step(updates(2, UPDATES, [0, 1]), gradient_norms(bank))
+    assert 0 < seen.largest < min(tensor[0].numel() for tensor in tensors)
