@@ -160,6 +160,8 @@ def equal_alone(folder: Path) -> dict[str, Any]:
         seeds = list(range(6))
         fleet = Fleet(base, seeds, rows=2, row_tokens=24, dropout=dropout)
         together = [fleet.step() for _ in range(CHECK_STEPS)]
+        if len({round(losses, 6) for row in together for losses in row}) < len(seeds):
+            raise SystemExit("the members of the checked fleet do not differ, so nothing is shown")
         finals = [fleet.bank.get(slot).factors for slot in range(len(seeds))]
         fleet.bank.close()
         for place, seed in enumerate(seeds):

@@ -3,7 +3,7 @@
     python bench/rates.py
 
 Two findings of LoRA Without Regret (Schulman et al., 2025): the best rate of an adapter hardly depends on its rank, and
-it is about ten times that of full fine-tuning. Sweeps a grid of rates for ranks 4, 16 and 64 (alpha 32, scale alpha/rank)
+it is about ten times that of full fine-tuning. Sweeps a grid of rates for ranks 4, 16 and 64 (alpha 32)
 and for full fine-tuning of every site, on the bundled E2E rows over the builtin base, all members of a grid in one
 fleet. The best rate of a curve is the lowest point of a parabola in the logarithm of the rate through its three best
 neighbours. Writes bench/results/rates.json; a finding that does not show is written down as such, and is no error.

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from manylora.spec import AdapterSpec
     from manylora.training.run import Result
 
+# Now, so that the package of this name is not put over the function below when a part of it is imported first.
+importlib.import_module("manylora.sweep")
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "load_config",
     "merge",
     "pack",
+    "sweep",
     "train",
 ]
 
@@ -96,19 +100,52 @@ def train(
     Raises:
         UserError: a mistake in the configuration, the data or the base; the message says what to change.
     """
+    from manylora.training.run import train as run_training
+
+    made, objects = _handed(config, overrides, {"base": base, "data.train": train_data, "data.eval": eval_data})
+    return run_training(made, resume=resume, objects=objects, use_cache=use_cache)
+
+
+def sweep(
+    config: str | Path | Mapping[str, Any] | Config,
+    *,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    resume: bool = False,
+    base: FrozenModel | None = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    use_cache: bool = True,
+) -> Result:
+    """The run folder and summary of a search over the keys in the configuration's section `sweep`.
+
+    The arguments are those of `train`. The winner lies in `adapters/best` of the folder, every trial in
+    `leaderboard.csv` and `sweep.json`.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the base; the message says what to change.
+    """
+    from manylora.sweep.run import sweep as run_sweep
+
+    made, objects = _handed(config, overrides, {"base": base, "data.train": train_data, "data.eval": eval_data})
+    return run_sweep(made, resume=resume, objects=objects, use_cache=use_cache)
+
+
+def _handed(
+    config: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] | Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> tuple[Config, dict[str, Any]]:
+    """A checked configuration that names each object given in place of a key, and the objects by these names."""
     from collections.abc import Mapping
 
     from manylora.config import Config, load_config
     from manylora.config_text import parse_override
-    from manylora.training.run import train as run_training
 
-    handed = {"base": base, "data.train": train_data, "data.eval": eval_data}
-    handed = {key: value for key, value in handed.items() if value is not None}
+    handed = {key: value for key, value in given.items() if value is not None}
     names = {key: f"python:{key.removeprefix('data.')}" for key in handed}
     pairs = dict(overrides) if isinstance(overrides, Mapping) else dict(map(parse_override, overrides))
     made = load_config(config.to_dict() if isinstance(config, Config) else config, pairs | names)
-    objects = {names[key]: value for key, value in handed.items()}
-    return run_training(made, resume=resume, objects=objects, use_cache=use_cache)
+    return made, {names[key]: value for key, value in handed.items()}
 
 
 def __getattr__(name: str) -> Any:

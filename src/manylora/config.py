@@ -436,7 +436,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _early_stop_can_judge(self) -> Self:
-        if self.checkpoint.early_stop_patience is not None and not self.data.held_out:
+        folds = self.sweep is not None and self.sweep.folds is not None
+        if self.checkpoint.early_stop_patience is not None and not self.data.held_out and not folds:
             raise ConfigError(
                 "checkpoint.early_stop_patience is given and there is no held-out data",
                 next_step="give data.eval or data.eval_fraction",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from fleets import Running, killed_after, member, spoilt
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from manylora.adapters.adapter import Adapter
 from manylora.base.language import LanguageBase
 from manylora.spec import AdapterSpec
 from manylora.training.checkpoint import Checkpoints
+from manylora.training.footprint import member_bytes
 from manylora.training.member import Member, steps_for, tokens_of
 from manylora.training.source import Ending, Given, Order, Report, Verdict
 from manylora.types import IGNORED, Batch, Outputs, RowTotals
@@ -223,6 +226,34 @@ def test_a_killed_fleet_resumes_to_the_same_bytes(stop, tmp_path, make_base, mak
     steps = [e for e in whole.recorder.events if e["event"] == "step" and e["tick"] > stop]
     again = [e for e in resumed.recorder.events if e["event"] == "step"]
     assert [(e["member"], e["step"], e["loss"]) for e in steps] == [(e["member"], e["step"], e["loss"]) for e in again]
+
+
+def test_a_member_with_no_room_waits_at_the_door_and_is_not_overtaken(tmp_path, make_base, make_examples) -> None:
+    def ones() -> list[Member]:
+        ranks = {"a": 2, "b": 2, "large": 16, "d": 2}
+        return [
+            member(name, make_examples(12), spec=AdapterSpec(rank=rank), total_steps=3 + place)
+            for place, (name, rank) in enumerate(ranks.items())
+        ]
+
+    base = make_base()
+    small = member_bytes(base, Adapter.new(base, AdapterSpec(rank=2)), "adamw")
+    settings = {"resident_bytes": 3 * small, "checkpoint_every": 1}
+
+    def fresh() -> Running:
+        return Running(make_base(), ones(), torch.float32, settings=settings, checkpoints=Checkpoints(tmp_path, keep=2))
+
+    run = fresh().run()
+    admitted = {e["member"]: e["tick"] for e in run.recorder.events if e["event"] == "admitted"}
+    # "large" takes eight times as much: it begins when the fleet is empty, and "d" behind it when it has ended
+    assert admitted == {"a": 0, "b": 0, "large": 4, "d": 9}
+    shutil.rmtree(tmp_path)
+    killed_after(2, fresh())  # while "large" waits
+    resumed = fresh()
+    assert resumed.loop.resume() == 2
+    resumed.run()
+    assert {e["member"]: e["tick"] for e in resumed.recorder.events if e["event"] == "admitted"} == {"large": 4, "d": 9}
+    assert set(resumed.adapters) == {"a", "b", "large", "d"}
 
 
 def test_who_shares_the_fleet_changes_nothing_of_a_verdict(tmp_path, make_base, make_examples) -> None:

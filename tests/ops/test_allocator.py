@@ -8,14 +8,14 @@ import sys
 import pytest
 
 MEASURE = """
-import resource, torch
+import resource
 from pathlib import Path
 from manylora.ops.allocator import freed_memory_kept
-torch.set_num_threads(1)
+block = bytes([1])
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
-        torch.ones(16 << 20)  # 64 MiB, and freed at once
+        block * (64 << 20)  # 64 MiB by plain malloc, and freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 def held():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
@@ -35,7 +35,7 @@ def test_freed_memory_is_kept_and_then_given_back() -> None:
     if told[0] == "False":
         pytest.skip("another malloc")
     inside, outside, held_inside, held_after = map(int, told[1:])
-    assert inside < 100 < outside
+    assert 4 * inside < outside
     assert held_inside > 60 << 20
     assert held_after < 8 << 20
 

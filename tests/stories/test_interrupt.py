@@ -35,4 +35,4 @@ def test_ctrl_c_writes_a_checkpoint_exits_130_and_leaves_a_run_to_resume(manylor
     assert reached >= 3
     unfinished = manylora("inspect", run, "--json")
     assert unfinished.result["state"].startswith("unfinished; resume")
-    assert json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"] == reached
+    assert json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["tick"] == reached

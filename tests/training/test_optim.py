@@ -142,7 +142,11 @@ def test_slots_that_are_stepped_at_different_times_are_as_if_alone(name: str, st
             draw_gradients(one, torch.Generator().manual_seed(number))
         for slot in slots:
             others[slot].step({slot: together[slot]}, gradient_norms(lone[slot]))
+        waiting = set(range(3)) - slots
+        grads = {slot: held(bank, slot, lambda tensor: tensor.grad) for slot in waiting}
         own.step(together, gradient_norms(bank))
+        for slot in waiting:  # another optimiser may be about to step it
+            assert all(map(torch.equal, held(bank, slot, lambda tensor: tensor.grad), grads[slot]))
         for slot in range(3):
             expected = held(lone[slot], slot) if slot in slots else before[slot]
             for got, want in zip(held(bank, slot), expected, strict=True):

@@ -10,7 +10,7 @@ import typer
 
 from manylora.cli.opened import BaseName, Device, Opened, Quantize, TrustRemoteCode, UseCache, open_base
 from manylora.cli.output import AsJson, Output, note
-from manylora.cli.places import Place, adapters_of, recognise
+from manylora.cli.places import Place, recognise, results_of
 from manylora.cli.train import show_scores
 from manylora.errors import UserError
 
@@ -101,7 +101,7 @@ def _what(place: Place) -> tuple[Settings, list[Path]]:
     settings = _settings_of(config) if config.is_file() else Settings(columns={})
     if place.kind == "adapter":
         return settings, [place.folder]
-    folders = list(adapters_of(place.folder).values())
+    folders = list(results_of(place.folder).values())
     if not folders:
         raise UserError(
             f"the run {place.name!r} has saved no adapter yet",

@@ -197,6 +197,20 @@ def _factors(name: str, tensors: Any) -> dict[str, Any]:
     return {"name": name, "tensors": shapes, "parameters": sum(tensor.numel() for tensor in tensors.values())}
 
 
+def _sweep_facts(told: dict[str, Any]) -> dict[str, Any]:
+    """What sweep.json says of a run that is a sweep."""
+    from manylora.sweep.leaderboard import Entry, ranked, tally, values_text
+
+    entries = ranked(map(Entry.from_dict, told["entries"]))
+    best = next((entry for entry in entries if entry.loss is not None), None)
+    return {
+        "trials": f"{len(entries)} of {told['trials']} ({tally(entries)})",
+        "search": f"{told['search']}, stop {told['stop']}",
+        "tokens": told["tokens"],
+        "best trial": None if best is None else f"{best.trial} ({values_text(best)})",
+    }
+
+
 def _run(output: Output, folder: Path) -> dict[str, Any]:
     from manylora.training.events import read_events
 
@@ -218,6 +232,9 @@ def _run(output: Output, folder: Path) -> dict[str, Any]:
         "base eval loss": (summary.get("base_eval") or {}).get("loss"),
         "retired": ", ".join(f"{name}: {why}" for name, why in retired.items()) or "none",
     }
+    sweep_file = folder / "sweep.json"
+    if sweep_file.is_file():
+        facts |= _sweep_facts(json.loads(sweep_file.read_text(encoding="utf-8")))
     adapters = {name: str(path) for name, path in adapters_of(folder).items()}
     _lines(output, facts | {f"adapter {name}": path for name, path in adapters.items()})
     return facts | {"adapters": adapters, "summary": summary}

@@ -116,7 +116,7 @@ def holds_data(path: Path) -> bool:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder was written by `manylora train`."""
+    """Whether a folder was written by `manylora train` or `manylora sweep`."""
     return (path / "events.jsonl").is_file() or ((path / "config.yaml").is_file() and (path / "checkpoints").is_dir())
 
 
@@ -124,6 +124,12 @@ def adapters_of(run: Path) -> dict[str, Path]:
     """The adapters that a run has saved, by member."""
     folders = sorted((run / "adapters").glob("*/adapter_config.json"))
     return {file.parent.name: file.parent for file in folders}
+
+
+def results_of(run: Path) -> dict[str, Path]:
+    """The adapters that a run ended with: of a sweep the best alone, once there is one."""
+    found = adapters_of(run)
+    return {"best": found["best"]} if "best" in found else found
 
 
 def adapter_folder(name: str) -> Path:
@@ -136,7 +142,7 @@ def adapter_folder(name: str) -> Path:
     if place.kind == "adapter" and place.folder is not None:
         return place.folder
     if place.kind == "run" and place.folder is not None:
-        found = adapters_of(place.folder)
+        found = results_of(place.folder)
         if len(found) == 1:
             return next(iter(found.values()))
         if found:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from manylora.data.example import Example
 
 WINDOW = 4096  # examples packed together: enough that rows fill to the brim, few enough that packing takes milliseconds
+PLANS_KEPT = 3  # epochs: members of a fleet that share their rows are not all in the same one
 BLOCK = 16  # unpacked rows of like length that stay together: a batch of 4, 8 or 16 rows then has little padding
 
 Weights = Sequence[tuple[int, float]]
@@ -87,7 +88,7 @@ class Epochs:
         self.weights = tuple(weights) or ((len(examples), 1.0),)
         self._lengths = lengths_of(examples)
         self._counts: dict[int, int] = {}
-        self._last: tuple[int, Plan] | None = None
+        self._plans: dict[int, Plan] = {}
         if not len(self._lengths) or self._lengths.max() > row_tokens:
             longest = self._lengths.max(initial=0)
             raise ValueError(f"{len(self._lengths)} examples of up to {longest} tokens, rows of {row_tokens}")
@@ -98,15 +99,18 @@ class Epochs:
 
     def rows(self, epoch: int) -> Plan:
         """The rows of an epoch, in the order of training; without weights, every example once."""
-        if self._last is None or self._last[0] != epoch:
+        if epoch not in self._plans:
             draw = np.random.default_rng([self.seed % 2**64, epoch])
             order = self._drawn(draw)
             arrange = self._packed if self.packs else self._blocks
             windows = [arrange(order[start : start + WINDOW]) for start in range(0, len(order), WINDOW)]
             size = 1 if self.packs else BLOCK
-            self._last = epoch, Plan.joined(windows, _shuffled(windows, size, draw))
-            self._counts[epoch] = len(self._last[1])
-        return self._last[1]
+            plan = Plan.joined(windows, _shuffled(windows, size, draw))
+            self._counts[epoch] = len(plan)
+            if len(self._plans) == PLANS_KEPT:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[epoch] = plan
+        return self._plans[epoch]
 
     def num_rows(self, epoch: int) -> int:
         """How many rows an epoch has."""
@@ -123,6 +127,12 @@ class Epochs:
         """(rows,) how many targets each row of an epoch holds."""
         plan = self.rows(epoch)
         return np.add.reduceat(num_trained_of(self.examples)[plan.items], plan.starts)
+
+    def total_trained(self, epoch: int) -> int:
+        """How many targets an epoch holds."""
+        if self._same_each_epoch:
+            return int(num_trained_of(self.examples).sum())
+        return int(self.trained(epoch).sum())
 
     def total_rows(self, epochs: float) -> int:
         """How many rows the first `epochs` epochs have; of a part of an epoch, that part, rounded up."""

@@ -259,6 +259,11 @@ class Director:
             verdict = verdicts[number]
             if verdict == "wait":
                 continue
+            if verdict == "go":
+                before = trial.level
+                self._tell_rule(trial)
+                if trial.level > before:
+                    continue  # it has come to the next level too, or has ended: what the rule says there counts
             reason = "" if verdict == "go" else f"judged at {self._trials.levels[trial.level]:,} trained tokens"
             for member in self._of(trial):
                 if member.ended:
@@ -268,8 +273,6 @@ class Director:
                     answers[member.name] = Verdict("go" if verdict == "go" else "stop", reason)
                 elif member.state == "waiting":
                     self._orders.append(Order("continue" if verdict == "go" else "dismiss", member.name, reason))
-            if verdict == "go" and all(member.ended for member in self._of(trial)):
-                self._tell_rule(trial)  # it ended early, and counts at its next level too
         return answers
 
     def _of(self, trial: _Trial) -> list[_Member]:

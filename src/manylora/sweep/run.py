@@ -91,6 +91,7 @@ def sweep(
         board.note(note)
     try:
         ENGINES.get(config.sweep.engine)(config, stock, folder, director, ledger, likely=likely, resume=resume)
+        board.show(director.entries())  # those that ended last
     finally:
         board.close()
     return Result(folder.path, _finish(stock, folder, director, ledger, time.perf_counter() - began, board))

@@ -16,12 +16,15 @@ SAME_RUN = "a sweep is one run"
 FIXED = {
     **dict.fromkeys(("base", "dtype", "device", "quantize", "trust_remote_code", "data.chat_template", "task"), SHARED),
     **dict.fromkeys(("data.eval", "data.eval_fraction", "data.fold", "data.split_seed"), COMPARED),
+    **dict.fromkeys(("data.format", "data.columns", "data.overflow", "data.turns", "data.on_bad_row"), COMPARED),
     "evaluate.max_examples": COMPARED,
     **dict.fromkeys(("output", "track", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.select"), SAME_RUN),
     "evaluate.at_tokens": "levels are laid by sweep.stop",
     "train.stop_after": "sweep.stop says how long a trial is trained",
 }
 """Keys that cannot vary within a sweep, and why."""
+OWN = {"evaluate.at_tokens": (), "train.stop_after": None}
+"""Keys that a sweep sets itself, and what they are where nobody has set them."""
 
 
 class Trials:
@@ -47,9 +50,30 @@ class Trials:
                 "data.fold is given too",
                 allowed="one of them",
             )
-        for key, dimension in space.dimensions.items():
-            tried = dimension.listed if isinstance(dimension, Choices) else (dimension.low, dimension.high)
-            self._check(key, tried)
+        for key, unset in OWN.items():
+            section, name = key.split(".")
+            if getattr(getattr(config, section), name) != unset:
+                raise ConfigError(
+                    f"{key} is given beside sweep, and {FIXED[key]}", next_step=f"leave it out: --set {key}=null"
+                )
+        for key in space.dimensions:
+            if key in FIXED or key.startswith("sweep."):
+                raise ConfigError(
+                    f"sweep.space varies {key}, and {FIXED.get(key, 'a sweep cannot vary itself')}",
+                    next_step="leave it out of sweep.space",
+                )
+        if "data.train" in space.dimensions and not config.data.eval:
+            raise ConfigError(
+                f"sweep.space varies data.train, and {COMPARED}",
+                next_step="give them apart from the training rows, as data.eval",
+            )
+        tried = {
+            key: dimension.listed if isinstance(dimension, Choices) else (dimension.low, dimension.high)
+            for key, dimension in space.dimensions.items()
+        }
+        for key, values in tried.items():
+            for value in values:
+                self._check(key, value, tried)
 
     def members(self, trial: int) -> list[str]:
         """The names of a trial's members: one for each seed and fold."""
@@ -101,22 +125,26 @@ class Trials:
         own = self._config.data.split_seed
         return self._config.train.seed if own is None else own
 
-    def _check(self, key: str, values: Sequence[Any]) -> None:
-        if key in FIXED or key.startswith("sweep."):
-            raise ConfigError(
-                f"sweep.space varies {key}, and {FIXED.get(key, 'a sweep cannot vary itself')}",
-                next_step="leave it out of sweep.space",
-            )
-        for value in values:
-            try:
-                self.config(self.members(0)[0], {key: value})
-            except ConfigError as error:
-                raise type(error)(
-                    f"sweep.space.{key}, value {value!r}: {error.what}",
-                    nearest=error.nearest,
-                    allowed=error.allowed,
-                    next_step=error.next_step,
-                ) from error
+    def _check(self, key: str, value: Any, tried: Mapping[str, Sequence[Any]]) -> None:
+        """Pass a value that a run could have, by itself or beside a value of another searched key."""
+        first = self._fault({key: value})
+        if first is None:
+            return
+        others = ((other, beside) for other, values in tried.items() if other != key for beside in values)
+        if all(self._fault({key: value, other: beside}) is not None for other, beside in others):
+            raise type(first)(
+                f"sweep.space.{key}, value {value!r}: {first.what}",
+                nearest=first.nearest,
+                allowed=first.allowed,
+                next_step=first.next_step,
+            ) from first
+
+    def _fault(self, values: Mapping[str, Any]) -> ConfigError | None:
+        try:
+            self.config(self.members(0)[0], values)
+        except ConfigError as error:
+            return error
+        return None
 
 
 def levels_of(shares: tuple[float, ...], full_tokens: int) -> tuple[int, ...]:

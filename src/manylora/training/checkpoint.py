@@ -44,6 +44,8 @@ class Saved:
     waiting: dict[str, int]
     ended: dict[str, dict[str, Any]]
     source: dict[str, Any]
+    arriving: tuple[str, str, int] | None = None
+    """Event, name and step of a member that the source has given and that had no room yet."""
 
     def tensors(self, member: str) -> Kept:
         """What was kept of a member that ran.
@@ -69,6 +71,7 @@ class Checkpoints:
         waiting: Mapping[str, int],
         ended: Mapping[str, dict[str, Any]],
         source: Mapping[str, Any],
+        arriving: tuple[str, str, int] | None = None,
     ) -> Path:
         """Write `step-N`, then drop the oldest; the ones before stay until the new one is complete.
 
@@ -85,6 +88,7 @@ class Checkpoints:
                 "waiting": dict(waiting),
                 "ended": dict(ended),
                 "source": dict(source),
+                "arriving": arriving,
             }
             write_json_atomic(partial / "state.json", state)
         for old in self.steps()[: -self.keep]:
@@ -114,7 +118,9 @@ class Checkpoints:
         path = self.folder / f"step-{tick}"
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return Saved(path, int(state["tick"]), state["running"], state["waiting"], state["ended"], state["source"])
+            arriving = None if state["arriving"] is None else tuple(state["arriving"])
+            members = state["running"], state["waiting"], state["ended"]
+            return Saved(path, int(state["tick"]), *members, state["source"], arriving)
         except (OSError, ValueError, KeyError) as error:
             raise _broken(path, error) from error
 

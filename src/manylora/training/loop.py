@@ -17,10 +17,12 @@ from manylora.base.frozen import FrozenModel
 from manylora.errors import NonFiniteLoss, UserError
 from manylora.evaluation.evaluate import evaluate_losses
 from manylora.training.checkpoint import Checkpoints, Kept
+from manylora.training.footprint import member_bytes
 from manylora.training.member import Member, State, tokens_of
 from manylora.training.memory import peak_bytes
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import StackedOptimizer
+from manylora.training.plan import admissible
 from manylora.training.source import Ending, Report, Source, Verdict
 from manylora.training.step import StepResult, train_step
 from manylora.types import Factors
@@ -46,12 +48,25 @@ Hand = Callable[[Member, Adapter], None]
 class LoopSettings:
     """`checkpoint_every` counts ticks (None: only at the end); `select` is `eval_loss` or `last`.
 
-    `budget_tokens` bounds what one forward computes, None: as much as the members' own settings allow.
+    `budget_tokens` bounds what one forward computes, None: as much as the members' own settings allow; `resident_bytes`
+    what all members in slots hold together, None: only the slots bound them.
     """
 
     checkpoint_every: int | None = 100
     select: str = "eval_loss"
     budget_tokens: int | None = None
+    resident_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A member on its way into a slot: its adapter, what was kept of it where it waited, and the event's name."""
+
+    member: Member
+    adapter: Adapter
+    kept: Kept | None
+    event: str
+    bytes: int
 
 
 class Loop:
@@ -80,6 +95,8 @@ class Loop:
         self.waiting: dict[str, int] = {}
         self.ended: dict[str, dict[str, Any]] = {}
         self._bare: dict[str, Adapter] = {}
+        self._arriving: _Arrival | None = None
+        self._bytes: dict[str, int] = {}
         self.optimizers: dict[str, StackedOptimizer] = {}
         self.best: dict[str, Mapping[str, Factors]] = {}
         self.tick = 0
@@ -88,7 +105,8 @@ class Loop:
     @property
     def running(self) -> list[Member]:
         """The members that take a step in the next tick, in the order of their slots."""
-        return sorted((m for m in self.members.values() if m.state == "running"), key=lambda member: member.slot)
+        running = (m for m in self.members.values() if m.state == "running" and m.slot != -1)
+        return sorted(running, key=lambda member: member.slot)
 
     def resume(self) -> int | None:
         """Continue from the last checkpoint: its tick, None where there is none.
@@ -104,7 +122,12 @@ class Loop:
         for name, progress in found.running.items():
             member, adapter = self._made(name)
             member.restore(progress)
-            self._enter(member, adapter, found.tensors(name))
+            kept = found.tensors(name)
+            self._enter(member, replace(adapter, factors=kept.now), kept)
+        if found.arriving is not None:
+            event, name, step = found.arriving
+            self.waiting |= {name: step} if event == "continued" else {}
+            self._arriving = self._arrival(event, name)
         self.tick = self.saved_at = found.tick
         return self.tick
 
@@ -148,36 +171,51 @@ class Loop:
         """Write a checkpoint of the present tick, unless it lies there already."""
         if self.checkpoints is not None and self.saved_at != self.tick:
             running = {member.name: (member.progress(), self._kept(member)) for member in self.running}
-            self.checkpoints.save(self.tick, running, self.waiting, self.ended, self.source.state())
+            coming = self._arriving
+            arriving = None if coming is None else (coming.event, coming.member.name, coming.member.step)
+            self.checkpoints.save(self.tick, running, self.waiting, self.ended, self.source.state(), arriving)
             self.saved_at = self.tick
             self._event("checkpoint", step=self.tick)
 
     # -- members come and go -------------------------------------------------------------------------------------------
 
     def _take_orders(self) -> None:
-        """Do what the source says until it has nothing more to say now."""
+        """Do what the source says until it has nothing more to say now, or the next member has no room yet."""
         while True:
-            slot = self._free_slot()
-            order = self.source.next(free=slot is not None, idle=not self.running)
+            if self._arriving is not None and self._has_room(self._arriving):
+                self._admit(self._arriving)
+            free = self._arriving is None and self._free_slot() is not None
+            order = self.source.next(free=free, idle=not self.running and self._arriving is None)
             if order is None:
                 return
-            if order.action == "start":
-                try:
-                    made = self._made(order.member)
-                except UserError as error:
-                    if not self.source.failed(order.member, error.what):
-                        raise
-                    self.recorder.event("failed", member=order.member, step=0, reason=error.what, tick=self.tick)
-                    self.recorder.note(f"{order.member} cannot be trained: {error.what}")
-                    continue
-                self._admit(*made, None, "admitted")
-                continue
-            member, kept = self._unparked(order.member)
-            if order.action == "continue":
-                member.state, member.reason = "running", ""
-                self._admit(member, self._bare[member.name], kept, "continued")
-            else:
+            if order.action == "dismiss":
+                member, kept = self._unparked(order.member)
                 self._end(member, "stopped", order.reason, kept)
+                continue
+            try:
+                self._arriving = self._arrival("admitted" if order.action == "start" else "continued", order.member)
+            except UserError as error:
+                if not self.source.failed(order.member, error.what):
+                    raise
+                self.recorder.event("failed", member=order.member, step=0, reason=error.what, tick=self.tick)
+                self.recorder.note(f"{order.member} cannot be trained: {error.what}")
+
+    def _arrival(self, event: str, name: str) -> _Arrival:
+        if event == "admitted":
+            member, adapter = self._made(name)
+            kept = None
+        else:
+            member, kept = self._unparked(name)
+            adapter = replace(self._bare[name], factors=kept.now)
+            member.state, member.reason = "running", ""
+        return _Arrival(member, adapter, kept, event, member_bytes(self.base, adapter, member.recipe.optimizer))
+
+    def _has_room(self, arrival: _Arrival) -> bool:
+        budget = self.settings.resident_bytes
+        if budget is None:
+            return True
+        held = sum(self._bytes[member.name] for member in self.running)
+        return admissible([arrival.bytes], budget - held, free_slots=1, resident=len(self.running)) == 1
 
     def _made(self, name: str) -> tuple[Member, Adapter]:
         member, adapter = self.make(name)
@@ -189,21 +227,23 @@ class Loop:
         taken = {member.slot for member in self.running}
         return next((slot for slot in range(self.bank.num_slots) if slot not in taken), None)
 
-    def _admit(self, member: Member, adapter: Adapter, kept: Kept | None, event: str) -> None:
-        slot = self._free_slot()
+    def _admit(self, arrival: _Arrival) -> None:
+        self._arriving = None
+        slot, member = self._free_slot(), arrival.member
         assert slot is not None, "the source gave a member and no slot is free"
         for other in self.members.values():
             if other.slot == slot:
                 other.slot = -1
         member.slot = slot
-        self._enter(member, adapter, kept)
+        self._enter(member, arrival.adapter, arrival.kept)
         full = tokens_of(member.epochs, steps=member.recipe.total_steps, rows_per_step=member.recipe.rows_per_step)
-        self._event(event, member, slot=slot, steps=member.recipe.last_step, full_tokens=full)
+        self._event(arrival.event, member, slot=slot, steps=member.recipe.last_step, full_tokens=full)
         self.source.started(member.name, full)
 
     def _enter(self, member: Member, adapter: Adapter, kept: Kept | None) -> None:
-        """Put a member into its slot, fresh or with the factors and the optimiser state that were kept of it."""
-        self.bank.put(adapter if kept is None else replace(adapter, factors=kept.now), slot=member.slot)
+        """Put a member into its slot, with a fresh optimiser state or the one that was kept of it."""
+        self.bank.put(adapter, slot=member.slot)
+        self._bytes[member.name] = member_bytes(self.base, adapter, member.recipe.optimizer)
         optimizer = self._optimizer(member)
         optimizer.reset(member.slot)
         if kept is not None:

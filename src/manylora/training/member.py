@@ -190,9 +190,12 @@ def tokens_of(epochs: Epochs, *, steps: int, rows_per_step: int) -> int:
     """Trained tokens of the first `steps` optimiser steps."""
     total, epoch = 0, 0
     while steps > 0:
-        of_rows = epochs.trained(epoch)
-        total += int(of_rows[: steps * rows_per_step].sum())
-        steps -= math.ceil(len(of_rows) / rows_per_step)
+        inside = steps_of(epochs, epoch, rows_per_step)
+        if steps >= inside:
+            total += epochs.total_trained(epoch)
+        else:
+            total += int(epochs.trained(epoch)[: steps * rows_per_step].sum())
+        steps -= inside
         epoch += 1
     return total
 

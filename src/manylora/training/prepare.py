@@ -52,6 +52,7 @@ class Stock:
         self._objects = objects or {}
         self._use_cache = use_cache
         self._data: dict[str, RunData] = {}
+        self._epochs: dict[tuple[str, int], Epochs] = {}
         self._opened = self._sources(config)
         self.base: Any = (
             _language_base(config, self._objects) if self.task.kinds else _module_base(config, self._objects)
@@ -68,8 +69,7 @@ class Stock:
     def data(self, config: Config) -> RunData:
         """The examples that a configuration names, read and encoded once for all members that name the same."""
         row_tokens, notes = self._rows_of(config)
-        parts = (config.data.model_dump(mode="json"), row_tokens, _split_seed(config), config.evaluate.max_examples)
-        key = json.dumps(parts, sort_keys=True)
+        key = self._key(config)
         if key not in self._data:
             if self.task.kinds:
                 opened = self._opened if config is self.config else self._sources(config)
@@ -92,8 +92,6 @@ class Stock:
         data = self.data(config)
         adapter = start_adapter(config, self.base)
         member = self._laid_out(config, name, adapter.spec, data)
-        if self.task.kinds:
-            self._say([filling(member.epochs, config.train.rows_per_step)])
         self._say(coverage(self.base, adapter))
         return member, adapter
 
@@ -104,7 +102,13 @@ class Stock:
 
     def _laid_out(self, config: Config, name: str, spec: AdapterSpec, data: RunData) -> Member:
         row_tokens, seed = self.row_tokens(config), config.train.seed
-        epochs = Epochs(data.train, row_tokens=row_tokens, seed=seed, packs=self.base.packs, weights=data.weights)
+        key = self._key(config), seed
+        if key not in self._epochs:
+            packs = self.base.packs
+            self._epochs[key] = Epochs(data.train, row_tokens=row_tokens, seed=seed, packs=packs, weights=data.weights)
+            if self.task.kinds:
+                self._say([filling(self._epochs[key], config.train.rows_per_step)])
+        epochs = self._epochs[key]
         recipe, notes = make_recipe(config, epochs, self.base)
         self._say(notes)
         return Member(
@@ -123,6 +127,12 @@ class Stock:
         places = (config.data.train, held_out_places(config))
         train, held_out = (open_places(own, config.data.columns, self._objects) for own in places)
         return train, held_out
+
+    def _key(self, config: Config) -> str:
+        """What decides a configuration's examples, as text."""
+        parts = (config.data.model_dump(mode="json"), self.row_tokens(config), _split_seed(config),
+                 config.evaluate.max_examples)  # fmt: skip
+        return json.dumps(parts, sort_keys=True)
 
     def row_tokens(self, config: Config) -> int:
         """Tokens that a row of a configuration holds: what it asks for, where the base has as many positions."""
@@ -195,7 +205,10 @@ def start_adapter(config: Config, base: FrozenModel) -> Adapter:
             f"adapter.from was trained on {adapter.base_name or 'another base'}, and base is {base.name}",
             next_step="set base to the one that the adapter's receipt.json names",
         )
-    given = config.adapter.model_fields_set - {"from_", "dropout"}
+    own = config.adapter
+    defaults = type(own)()
+    given = {name for name in type(own).model_fields if getattr(own, name) != getattr(defaults, name)}
+    given -= {"from_", "dropout"}
     if given:
         raise ConfigError(
             f"adapter.from continues an adapter as it is, and adapter.{sorted(given)[0]} is given too",

@@ -158,6 +158,7 @@ def run_loop(
     resume: bool = False,
     num_slots: int = 1,
     budget_tokens: int | None = None,
+    resident_bytes: int | None = None,
 ) -> Loop:
     """Train the members of a source in a run's folder until all have ended, and give the loop back.
 
@@ -167,7 +168,10 @@ def run_loop(
     config = stock.config
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
     settings = LoopSettings(
-        checkpoint_every=config.checkpoint.every_steps, select=config.checkpoint.select, budget_tokens=budget_tokens
+        checkpoint_every=config.checkpoint.every_steps,
+        select=config.checkpoint.select,
+        budget_tokens=budget_tokens,
+        resident_bytes=resident_bytes,
     )
     done = checkpoints.last() if resume else None
     told: Recorder | None = None

@@ -34,8 +34,8 @@ def run(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written. UserError: see `training.loop.Loop`.
     """
     said = len(stock.notes)
-    num_slots, budget_tokens, reason = room_for(config, stock, likely, director.num_trials)
-    for note in (*stock.notes[said:], reason):
+    room = room_for(config, stock, likely, director.num_trials)
+    for note in (*stock.notes[said:], room.reason):
         ledger.note(note)
 
     def make(name: str) -> tuple[Member, Adapter]:
@@ -53,8 +53,9 @@ def run(
         ledger.open,
         hand=lambda member, adapter: hand_over(member, adapter, director, folder, stock),
         resume=resume,
-        num_slots=num_slots,
-        budget_tokens=budget_tokens,
+        num_slots=room.num_slots,
+        budget_tokens=room.budget_tokens,
+        resident_bytes=room.resident_bytes,
     )
 
 
