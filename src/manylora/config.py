@@ -250,6 +250,13 @@ class AdapterConfig(Section):
         """
         return AdapterSpec(**{name: getattr(self, name) for name in type(self).model_fields if name != "from_"})
 
+    @model_serializer(mode="wrap")
+    def _continues_as_it_is(self, inner: SerializerFunctionWrapHandler) -> Any:
+        """Beside `from` only what was given with it: written out, the defaults would read as asked for."""
+        values = inner(self)
+        kept = {"from", "from_", "dropout"} | self.model_fields_set
+        return values if self.from_ is None else {name: value for name, value in values.items() if name in kept}
+
     @model_validator(mode="after")
     def _is_a_spec(self) -> Self:
         try:

@@ -116,8 +116,9 @@ class Stack:
     `tensors[name]` is (P, ...): one place per slot that adapts this site, zero-padded to the class's rank. The tensors
     are float32 leaves that require gradients. `anchors`, of the same names and shapes, do not; they are there for all
     places or for none, so that slots without anchors pay nothing. `rounding` names the grid of `ops.rounding` on which
-    low-rank factors are used, None: as they are. `slots[p]` is the slot that owns place p (-1: free),
-    `ranks[p]`, `scales[p]` and `dropouts[p]` are its rank, its factor s and its dropout probability.
+    low-rank factors are used, None: as they are. `states` are an optimiser's, under names of its own; they come and
+    go with the places. `slots[p]` is the slot that owns place p (-1: free), `ranks[p]`, `scales[p]` and `dropouts[p]`
+    are its rank, its factor s and its dropout probability.
     """
 
     site: Site
@@ -126,6 +127,7 @@ class Stack:
     rounding: str | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     anchors: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, Tensor] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from manylora.adapters.adapter import Adapter
 from manylora.base.language import LanguageBase
 from manylora.spec import AdapterSpec
-from manylora.training.checkpoint import Checkpoints
+from manylora.training.checkpoint import Checkpoints, flatten
 from manylora.training.footprint import member_bytes
 from manylora.training.member import Member, steps_for, tokens_of
 from manylora.training.source import Ending, Given, Order, Report, Verdict
@@ -291,3 +291,36 @@ def test_a_loss_that_is_no_number_on_the_held_out_rows_is_reported_as_the_worst(
     assert own.state == "stopped"
     assert own.step == 1
     assert run.adapters.keys() == {"m1"}
+
+
+def test_a_slot_that_is_given_back_holds_nothing_and_its_neighbours_keep_their_bytes(make_base, make_examples) -> None:
+    """A sweep over ranks must not come to hold every rank times its most places ever."""
+    base = make_base()
+    members = [
+        member(f"m{place}", make_examples(10), spec=AdapterSpec(rank=rank), total_steps=2)
+        for place, rank in enumerate((2, 8, 2, 16))
+    ]
+    run = Running(base, members, torch.float32).run()
+    bank, optimizer = run.bank, run.loop.optimizers["adamw"]
+
+    def held() -> int:
+        tensors = [t for s in bank.stacks.values() for t in (*s.tensors.values(), *s.states.values())]
+        return sum(tensor.numel() for tensor in tensors)
+
+    def numbers(rank: int) -> int:
+        return 3 * sum(f.num_parameters() for f in Adapter.new(base, AdapterSpec(rank=rank)).factors.values())
+
+    def of(slot: int) -> dict[str, torch.Tensor]:
+        return {**flatten(bank.get(slot).factors), **optimizer.slot_state(slot)}
+
+    assert held() == numbers(2) + numbers(8) + numbers(2) + numbers(16)
+    before = {slot: of(slot) for slot in (1, 2)}
+    bank.clear(0)
+    bank.clear(3)
+    assert held() == numbers(8) + numbers(2)
+    assert {stack.shape_class for stack in bank.stacks.values()} == {2, 8}
+    for slot, wanted in before.items():
+        assert all(torch.equal(value, wanted[name]) for name, value in of(slot).items())
+    bank.put(run.adapters["m3"], slot=0)
+    assert all(torch.equal(value, wanted) for name, wanted in before[2].items() for value in (of(2)[name],))
+    assert not any(state.any() for state in optimizer.slot_state(0).values())

@@ -76,6 +76,7 @@ class Bank:
         self.route_now: Route | None = None
         self.stacks: dict[tuple[str, str, int, bool, str | None], Stack] = {}
         self._adapters: dict[int, Adapter] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
         self._by_site: dict[str, list[Stack]] = {}
         self._plans: dict[tuple, list[tuple[Method, list[Use]]]] = {}
         self.recorded: dict[str, list[Tensor]] | None = None
@@ -110,11 +111,12 @@ class Bank:
         self._check_slot(slot)
         check_base(adapter, self.base)
         self._check_sites(adapter)
-        self.clear(slot)
+        self._vacate(slot)
         for name, factors in adapter.factors.items():
             self._place(self.base.sites[name], factors, adapter, slot)
-        self._adapters[slot] = adapter
-        self._plans.clear()
+        self._close_gaps()
+        self._adapters[slot] = replace(adapter, factors={})
+        self._names[slot] = tuple(adapter.factors)
 
     def get(self, slot: int) -> Adapter:
         """The adapter in a slot with its present factors, on the CPU; padding is left out.
@@ -136,19 +138,44 @@ class Bank:
                 for held in (stack.tensors, stack.anchors)
             )
             factors[stack.site.name] = Factors(stack.method, tensors, anchors)
-        held = self._adapters[slot]
-        return replace(held, factors={name: factors[name] for name in held.factors})
+        return replace(self._adapters[slot], factors={name: factors[name] for name in self._names[slot]})
 
     def clear(self, slot: int) -> None:
-        """Empty a slot; its places are zeroed and may be used again."""
+        """Empty a slot and give back what it held in memory."""
         self._check_slot(slot)
+        self._vacate(slot)
+        self._close_gaps()
+
+    def _vacate(self, slot: int) -> None:
+        """Empty a slot; its places are zeroed and may be used again."""
         for stack, place in self.places(slot):
             with torch.no_grad():
-                for tensor in (*stack.tensors.values(), *stack.anchors.values()):
-                    tensor[place].zero_()
+                for tensor in (*stack.tensors.values(), *stack.anchors.values(), *stack.states.values()):
+                    if place < len(tensor):  # a state may be younger than the place
+                        tensor[place].zero_()
             stack.slots[place] = -1
         self._adapters.pop(slot, None)
         self._plans.clear()
+
+    def _close_gaps(self) -> None:
+        """Drop the places that no slot owns, and the stacks that have no other."""
+        for key, stack in list(self.stacks.items()):
+            kept = [place for place, slot in enumerate(stack.slots) if slot != -1]
+            if len(kept) == len(stack.slots):
+                continue
+            if not kept:
+                del self.stacks[key]
+                for stacks in self._by_site.values():
+                    if stack in stacks:
+                        stacks.remove(stack)
+                continue
+            for held in (stack.tensors, stack.anchors, stack.states):
+                for name, tensor in held.items():
+                    within = [place for place in kept if place < len(tensor)]
+                    held[name] = tensor.detach()[within].requires_grad_(tensor.requires_grad)
+                    held[name].grad = None if tensor.grad is None else tensor.grad[within]
+            stack.slots, stack.ranks = [stack.slots[p] for p in kept], [stack.ranks[p] for p in kept]
+            stack.scales, stack.dropouts = [stack.scales[p] for p in kept], [stack.dropouts[p] for p in kept]
 
     def places(self, slot: int) -> list[tuple[Stack, int]]:
         """The stacks that hold a slot's factors, and its place in each."""

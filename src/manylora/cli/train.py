@@ -14,6 +14,8 @@ from manylora.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from manylora.sweep.find_rate import Found
+
 
 def train(
     config: Annotated[
@@ -25,6 +27,9 @@ def train(
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")
+    ] = False,
+    find_lr: Annotated[
+        bool, typer.Option("--find-lr", help="First try several learning rates for a few steps, and take the best.")
     ] = False,
     use_cache: UseCache = True,
     keys: Annotated[bool, typer.Option("--keys", help="List every key, its default and its meaning.")] = False,
@@ -47,9 +52,25 @@ def train(
     from manylora.training.console import Progress
     from manylora.training.run import train as run_training
 
-    result = run_training(load_config(config, overrides or ()), resume=resume, console=Progress(), use_cache=use_cache)
+    made, found = load_config(config, overrides or ()), {}
+    if find_lr:
+        from manylora.sweep.board import Board
+        from manylora.sweep.find_rate import find_rate
+
+        made, rates = find_rate(made, resume=resume, board=Board(), use_cache=use_cache)
+        show_rates(output, rates)
+        found = {"find_lr": rates.to_dict()}
+    result = run_training(made, resume=resume, console=Progress(), use_cache=use_cache)
     show_summary(output, result.run, result.summary)
-    output.finish(result.summary)
+    output.finish(result.summary | found)
+
+
+def show_rates(output: Output, found: Found) -> None:
+    """Print the learning rates that were tried, and the chosen one with its reason."""
+    marks = {found.rate: "chosen"}
+    rows = [(f"{rate:g}", loss, marks.get(rate, "")) for rate, loss in found.losses.items()]
+    output.table(("learning rate", "eval loss", ""), rows)
+    output.line(f"{found.reason}\n")
 
 
 def list_keys(output: Output) -> None:

@@ -79,7 +79,8 @@ def sweep(
     rehearsed = Search(config.sweep.search, space, storage=None, **told)
     rule = RULES.get(stop.rule)(rehearsed.num_trials, settings)
     trials.levels = levels_of(rule.shares, full_tokens)
-    likely = trials.possible(rehearsed.propose(number) for number in range(min(LIKELY, rehearsed.num_trials)))
+    proposed = (rehearsed.propose(number) for number in range(min(LIKELY, rehearsed.num_trials)))
+    likely = trials.possible(proposed, stock.data)
     for note in (*stock.notes, *notes):
         board.note(note)
     folder.begin(config)

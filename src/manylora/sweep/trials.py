@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from manylora.config import Config, load_config
-from manylora.errors import ConfigError
+from manylora.errors import ConfigError, UserError
 from manylora.sweep.space import Choices, Space
 
 SHARED = "all members of a sweep stand on one base: run one sweep for each"
@@ -43,6 +43,9 @@ class Trials:
         self._sweep = config.sweep
         self._config = config
         self._plain = {name: value for name, value in config.to_dict().items() if name != "sweep"}
+        # Without defaults: a trial may continue an adapter (adapter.from), beside which they may not stand.
+        given = {"from" if name == "from_" else name for name in config.adapter.model_fields_set}
+        self._plain["adapter"] = {name: self._plain["adapter"][name] for name in given}
         self.levels: tuple[int, ...] = ()
         if self._sweep.folds is not None and config.data.held_out:
             raise ConfigError(
@@ -98,17 +101,19 @@ class Trials:
             given["data.fold"] = f"{place['fold']}/{self._sweep.folds}"
         return load_config(self._plain, given)
 
-    def possible(self, values: Iterable[Mapping[str, Any]]) -> list[Config]:
-        """The configurations of some trials, without those whose values do not go together.
+    def possible(self, values: Iterable[Mapping[str, Any]], try_out: Callable[[Config], object]) -> list[Config]:
+        """The configurations of some trials, without those whose values do not go together or that `try_out` refuses.
 
         Raises:
-            ConfigError: none of them is one.
+            UserError: none of them is one.
         """
         found, first = [], None
         for one in values:
             try:
-                found.append(self.config(self.members(0)[0], one))
-            except ConfigError as error:
+                config = self.config(self.members(0)[0], one)
+                try_out(config)
+                found.append(config)
+            except UserError as error:
                 first = first or error
         if not found and first is not None:
             raise first

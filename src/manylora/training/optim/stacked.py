@@ -75,7 +75,6 @@ class StackedOptimizer:
 
     def __init__(self, bank: Bank):
         self.bank = bank
-        self._state: dict[tuple[int, str, str], Tensor] = {}
 
     def rule(
         self, values: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], update: SlotUpdate
@@ -121,13 +120,13 @@ class StackedOptimizer:
 
     def _tensor(self, stack: Stack, name: str, key: str) -> Tensor:
         """A tensor of state as large as the stack's; places that the stack gained since start at zero."""
-        like = stack.tensors[name]
-        held = self._state.get((id(stack), name, key))
+        like, label = stack.tensors[name], f"{type(self).__name__}|{name}|{key}"
+        held = stack.states.get(label)
         if held is None or held.shape != like.shape:
             grown = torch.zeros_like(like, requires_grad=False)
             if held is not None:
                 grown[: held.shape[0]] = held
-            self._state[(id(stack), name, key)] = held = grown
+            stack.states[label] = held = grown
         return held
 
     def moved(self, stack: Stack, place: int) -> dict[str, bool]:
