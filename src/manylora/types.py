@@ -127,11 +127,11 @@ class Stack:
     rounding: str | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     anchors: dict[str, Tensor] = field(default_factory=dict)
-    states: dict[str, Tensor] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     dropouts: list[float] = field(default_factory=list)
+    states: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,11 @@ def sweep(
         UserError: the configuration, the base or the data cannot be used; nothing has been written then.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
+    if config.sweep is None:
+        raise ConfigError(
+            "this configuration has no section sweep",
+            next_step="add sweep: {space: {train.learning_rate: {low: 1e-5, high: 1e-2, log: true}}}",
+        )
     board = board or Board(quiet=True)
     config, notes = settled(config)
     assert config.sweep is not None

@@ -35,11 +35,7 @@ class Trials:
     """
 
     def __init__(self, config: Config, space: Space):
-        if config.sweep is None:
-            raise ConfigError(
-                "this configuration has no section sweep",
-                next_step="add sweep: {space: {train.learning_rate: {low: 1e-5, high: 1e-2, log: true}}}",
-            )
+        assert config.sweep is not None
         self._sweep = config.sweep
         self._config = config
         self._plain = {name: value for name, value in config.to_dict().items() if name != "sweep"}
