@@ -14,6 +14,9 @@ import pytest
 import yaml
 
 from manylora.config import load_config
+from manylora.sweep.search import Search
+from manylora.sweep.space import parse_space
+from manylora.sweep.trials import Trials
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,10 +85,30 @@ def test_the_quantisation_pages_commands_run(newcomer: Path, tmp_path: Path) -> 
         assert done.returncode == 0 or refused, f"{line}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("page", ["data.md", "formats.md", "quantisation.md", "inits.md"])
+def test_the_sweep_pages_commands_run(newcomer: Path, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "sweeps.md"
+    (tmp_path / "train.jsonl").write_text((newcomer / "train.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "sweep.yaml").write_text(blocks(page, "yaml")[0], encoding="utf-8")
+    small = ["--set", "sweep.trials=3", "--set", "train.row_tokens=64", *SMALL[2:]]
+    for line in "".join(blocks(page, "sh")).splitlines():
+        words = shlex.split(line)[1:]
+        added = small if words[0] == "sweep" else SMALL if "--find-lr" in words else []
+        done = manylora(words + added, tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for name in ("adapters/best", "leaderboard.csv", "report.html", "sweep.json", "events.jsonl", "optuna.log"):
+        assert (tmp_path / "runs" / "sweep" / name).exists(), name
+
+
+@pytest.mark.parametrize("page", ["data.md", "formats.md", "quantisation.md", "inits.md", "sweeps.md"])
 def test_every_yaml_block_of_the_data_pages_is_a_configuration(page: str) -> None:
     for text in blocks(ROOT / "docs" / page, "yaml"):
-        load_config({"base": "builtin:tiny-en", "output": "x", "data": {"train": "x"}, **yaml.safe_load(text)})
+        given = yaml.safe_load(text)
+        made = load_config({"base": "builtin:tiny-en", "output": "x", "data": {"train": "x", "eval": "y"}, **given})
+        if made.sweep is not None:
+            space = parse_space(made.sweep.space)
+            Trials(made, space)
+            trials = made.sweep.trials or (None if made.sweep.search == "grid" else 16)
+            Search(made.sweep.search, space, seed=0, num_trials=trials, storage=None, study_name=page)
 
 
 def test_every_command_named_exists() -> None:

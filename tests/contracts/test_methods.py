@@ -237,6 +237,10 @@ def test_dropout_keeps_the_expected_share_and_mean() -> None:
     mask = dropout_mask(1, "site", (400, 500), 0.1, torch.zeros((), dtype=torch.float64))
     assert abs((mask == 0).double().mean().item() - 0.1) < 0.005
     assert abs(mask.mean().item() - 1.0) < 0.005
+    for quarter in range(4):  # of the draws that serve four items each
+        assert abs((mask.flatten()[quarter::4] == 0).double().mean().item() - 0.1) < 0.01
+    assert abs((mask[1:] * mask[:-1]).mean().item() - 1.0) < 0.01
+    assert dropout_mask(1, "site", (40, 50), 0.999999, mask).isfinite().all()
     assert not torch.equal(mask, dropout_mask(2, "site", (400, 500), 0.1, mask))
     assert not torch.equal(mask, dropout_mask(1, "other", (400, 500), 0.1, mask))
 

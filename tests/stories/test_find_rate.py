@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def test_a_rate_is_tried_for_a_tenth_of_the_run_within_bounds(of_run: int, tried
 def test_the_grid_goes_from_a_thirtieth_of_the_rules_rate_to_ten_times_it() -> None:
     rates = grid(3e-4)
     assert (len(rates), rates[0], rates[-1]) == (9, 1e-5, 3e-3)
-    assert all(1.9 < high / low < 2.2 for low, high in zip(rates, rates[1:], strict=False))
+    assert all(1.9 < high / low < 2.2 for low, high in itertools.pairwise(rates))
     assert grid(None) == [1e-5, 3.2e-5, 1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2]
 
 
@@ -150,7 +151,7 @@ def test_a_module_without_a_hidden_size_is_searched_over_three_decades(tmp_path:
     features = torch.randn(80, 8)
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
     objects = {
-        "python:base": library.FrozenModel(net),
+        "python:base": library.FrozenModel(net, example=lambda rows: {"input": torch.randn(rows, 8)}),
         "python:train": TensorDataset(features, features[:, :3].argmax(dim=1)),
     }
     config = load_config(

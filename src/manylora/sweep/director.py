@@ -35,6 +35,8 @@ class _Member:
     full_tokens: int = 0
     loss: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    """The last word on its last report."""
 
     @property
     def ended(self) -> bool:
@@ -77,12 +79,21 @@ class Director:
         return order
 
     def judge(self, reports: Sequence[Report]) -> dict[str, Verdict]:
-        """Verdicts for the reports of one tick; those that wait for others get theirs through `next` later."""
+        """Verdicts for the reports of one tick; those that wait for others get theirs through `next` later.
+
+        A member that went back to an earlier state of itself reports again, and is answered as before.
+        """
+        again = {report.member: self._again(report) for report in reports if self._is_known(report)}
+        reports = [report for report in reports if report.member not in again]
+        return again | (self._judge(reports) if reports else {})
+
+    def _judge(self, reports: Sequence[Report]) -> dict[str, Verdict]:
         self.journal.append(["judge", [asdict(report) | {"loss": _plain(report.loss)} for report in reports]])
         asked = {}
         for report in reports:
             member = self.members[report.member]
             member.level, member.tokens, member.loss = report.level, report.tokens, _plain(report.loss)
+            member.verdict = None
             asked[member.name] = member
         for number in sorted({member.trial for member in asked.values()}):
             self._tell_rule(self.trials[number])
@@ -94,6 +105,8 @@ class Director:
         return answers
 
     def started(self, member: str, full_tokens: int) -> None:
+        if self.members[member].full_tokens == full_tokens:
+            return  # it goes on, after a wait or elsewhere
         self.journal.append(["started", member, full_tokens])
         self.members[member].full_tokens = full_tokens
 
@@ -103,8 +116,10 @@ class Director:
         return True
 
     def ended(self, ending: Ending) -> None:
-        self.journal.append(["ended", asdict(ending) | {"scores": dict(ending.scores)}])
         member = self.members[ending.member]
+        if member.ended:
+            return  # told twice
+        self.journal.append(["ended", asdict(ending) | {"scores": dict(ending.scores)}])
         member.state, member.reason, member.tokens = _state(ending.state), ending.reason, ending.tokens
         member.loss, member.scores = ending.loss, dict(ending.scores)
         trial = self.trials[member.trial]
@@ -171,6 +186,11 @@ class Director:
             members=tuple(trial.members),
             reason=next((member.reason for member in own if member.reason), ""),
         )
+
+    def under_way(self) -> list[str]:
+        """The members that were begun and have not ended: they run somewhere, or wait."""
+        unstarted = set(self._unstarted)
+        return [name for name, member in self.members.items() if not member.ended and name not in unstarted]
 
     def best(self) -> Entry | None:
         """The trial with the lowest loss, None where none has one."""
@@ -268,12 +288,23 @@ class Director:
             for member in self._of(trial):
                 if member.ended:
                     continue
+                member.verdict = Verdict("go" if verdict == "go" else "stop", reason)
                 if member.name in asked:
                     member.state = "running"
-                    answers[member.name] = Verdict("go" if verdict == "go" else "stop", reason)
+                    answers[member.name] = member.verdict
                 elif member.state == "waiting":
                     self._orders.append(Order("continue" if verdict == "go" else "dismiss", member.name, reason))
         return answers
+
+    def _is_known(self, report: Report) -> bool:
+        return report.level <= self.members[report.member].level
+
+    def _again(self, report: Report) -> Verdict:
+        member = self.members[report.member]
+        if report.level < member.level:
+            return Verdict("go")
+        # One that is let go or stopped while it waits hears of it by an order.
+        return Verdict("wait") if member.state == "waiting" or member.verdict is None else member.verdict
 
     def _of(self, trial: _Trial) -> list[_Member]:
         return [self.members[name] for name in trial.members]

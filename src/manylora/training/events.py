@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +56,27 @@ class EventLog:
         A run that resumes from the checkpoint of this tick lives through them again. An event without a tick belongs
         to those around it: it goes when one of a later tick stands before it.
         """
+        later = False
+
+        def stays(event: Mapping[str, Any]) -> bool:
+            nonlocal later
+            later = later or event.get("tick", 0) > tick
+            return event["tick"] <= tick if "tick" in event else not later
+
+        return self._keep(stays)
+
+    def drop_after(self, steps: Mapping[str, int]) -> int:
+        """Drop what some members did after so many of their own steps; returns how many events that was.
+
+        For members that go back to an earlier state while others do not. A step of -1 drops all of a member.
+        """
+        return self._keep(lambda event: event.get("step", 0) <= steps.get(event.get("member", ""), math.inf))
+
+    def _keep(self, stays: Callable[[Mapping[str, Any]], bool]) -> int:
+        """Rewrite the log with the events that stay; how many went."""
         self._stream.close()
         events = read_events(self.path.parent)
-        kept, later = [], False
-        for event in events:
-            later = later or event.get("tick", 0) > tick
-            if event["tick"] <= tick if "tick" in event else not later:
-                kept.append(event)
+        kept = [event for event in events if stays(event)]
         if len(kept) < len(events):
             lines = (json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n" for event in kept)
             write_text_atomic(self.path, "".join(lines))

@@ -18,6 +18,7 @@ from manylora.adapters.bank import Bank
 from manylora.errors import ConfigError
 from manylora.evaluation.evaluate import evaluate_loss, evaluate_text
 from manylora.files import write_json_atomic, write_text_atomic
+from manylora.ops.allocator import freed_memory_kept
 from manylora.tasks.task import Sample
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.console import Progress
@@ -180,7 +181,7 @@ def run_loop(
     def note(text: str) -> None:
         early.append(text) if told is None else told.note(text)
 
-    with EventLog(folder.path) as log, Bank(stock.base, num_slots=num_slots):
+    with EventLog(folder.path) as log, Bank(stock.base, num_slots=num_slots), freed_memory_kept():
         if resume:
             log.truncate_after(done or 0)
             note(f"resumes at step {done}" if done else "no checkpoint yet: begins at step 0")
