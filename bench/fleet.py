@@ -267,6 +267,7 @@ def memory(folder: Path, threads: int) -> dict[str, Any]:
 def peak_of(folder: Path, members: int) -> dict[str, int]:
     """The peak of this process over its memory before the fleet, and the bytes that a step saves for its backward."""
     from manylora.base.load import load_base
+    from manylora.ops.allocator import give_back_freed
 
     base = load_base(str(folder), device="cpu")
     warm = Fleet(base, [0], 1)
@@ -277,6 +278,7 @@ def peak_of(folder: Path, members: int) -> dict[str, int]:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     fleet = Fleet(base, list(range(members)), 1)
+    give_back_freed()  # as the loop does when it has admitted members
     for _ in range(3):
         fleet.step()
     peak = _status("VmHWM") - before

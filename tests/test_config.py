@@ -89,11 +89,21 @@ def test_what_is_written_is_complete_and_absolute(tmp_path):
     assert written["adapter"]["from"] == str(tmp_path / "old")
     assert written["sweep"] is None
     path.write_text(path.read_text() + "sweep: {space: {adapter.rank: [1, 2]}, stop: {rule: asha, reduction: 4}}\n")
-    written = load_config(path).to_dict()
+    written = load_config(path, {"adapter.from": None}).to_dict()
     for key in known_keys():
         value = written
         for name in key.split("."):
             value = value[name]
+
+
+def test_beside_an_adapter_that_is_continued_only_what_was_given_is_written(tmp_path):
+    # The rest is that adapter's own; the defaults, written out, would read as asked for, and be refused beside it.
+    path = write(tmp_path, "base: b\ndata: {train: a}\noutput: o\nadapter: {from: old}\n")
+    written = load_config(path).to_dict()["adapter"]
+    assert written == {"from": str(tmp_path / "old"), "dropout": 0.0}
+    assert load_config(load_config(path).to_dict()) == load_config(path)
+    written = load_config(path, {"adapter.rank": 16}).to_dict()["adapter"]
+    assert written == {"from": str(tmp_path / "old"), "dropout": 0.0, "rank": 16}
 
 
 def test_a_base_that_is_no_folder_keeps_its_name(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from manylora.cli.app import run
 from manylora.config import load_config
 from manylora.sweep.search import Search
 from manylora.sweep.space import parse_space
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SMALL = ["--set", "train.steps=2", "--set", "evaluate.max_examples=4", "--set", "evaluate.max_new_tokens=4"]
+FEW_TRIALS = ["--set", "sweep.trials=3", "--set", "train.row_tokens=64", *SMALL[2:]]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -47,7 +49,8 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sample = json.loads(blocks(ROOT / "README.md", "json")[0])
     rows = [{**sample, "prompt": f"Place {number}, Italian:"} for number in range(20)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "first.yaml").write_text(blocks(ROOT / "README.md", "yaml")[0], encoding="utf-8")
+    for name, text in zip(("first", "sweep"), blocks(ROOT / "README.md", "yaml"), strict=True):
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -58,7 +61,8 @@ def test_the_readmes_commands_do_what_it_says(newcomer: Path) -> None:
             if not words or words[0] != "manylora":
                 continue
             trains = words[1] == "train" and "--keys" not in words and "--resume" not in words
-            done = manylora(words[1:] + (SMALL if trains else []), newcomer)
+            added = SMALL if trains else FEW_TRIALS if words[1] == "sweep" else []
+            done = manylora(words[1:] + added, newcomer)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (newcomer / "runs" / "first" / "report.html").is_file()
 
@@ -85,16 +89,17 @@ def test_the_quantisation_pages_commands_run(newcomer: Path, tmp_path: Path) -> 
         assert done.returncode == 0 or refused, f"{line}\n{done.stderr}"
 
 
-def test_the_sweep_pages_commands_run(newcomer: Path, tmp_path: Path) -> None:
+def test_the_sweep_pages_commands_run(newcomer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "sweeps.md"
     (tmp_path / "train.jsonl").write_text((newcomer / "train.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "sweep.yaml").write_text(blocks(page, "yaml")[0], encoding="utf-8")
-    small = ["--set", "sweep.trials=3", "--set", "train.row_tokens=64", *SMALL[2:]]
     for line in "".join(blocks(page, "sh")).splitlines():
         words = shlex.split(line)[1:]
-        added = small if words[0] == "sweep" else SMALL if "--find-lr" in words else []
-        done = manylora(words + added, tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        added = FEW_TRIALS if words[0] == "sweep" else SMALL if "--find-lr" in words else []
+        added = ["--max-new-tokens", "4"] if words[0] == "generate" else added
+        # In this process: five commands, and most of the time of each would be its imports.
+        assert run(words + added) == 0, line
     for name in ("adapters/best", "leaderboard.csv", "report.html", "sweep.json", "events.jsonl", "optuna.log"):
         assert (tmp_path / "runs" / "sweep" / name).exists(), name
 

@@ -25,6 +25,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.train": ("{other}", {}),
     "data.eval": ("{other}", {}),
     "data.eval_fraction": (0.25, {"data.eval": None}),
+    "data.fold": ("1/3", {"data.fold": "2/3", "data.eval": None}),
+    "data.split_seed": (7, {"data.eval": None, "data.eval_fraction": 0.25}),
     "data.format": ("text", {}),
     "data.columns": ({"prompt": "note"}, {}),
     "data.overflow": ("right", {"train.row_tokens": 16}),
@@ -52,6 +54,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.min_rate_ratio": (0.5, {}),
     "train.epochs": (1, {"train.steps": None}),
     "train.steps": (3, {}),
+    "train.tokens": (40, {"train.steps": None}),
+    "train.stop_after": (2, {}),
     "train.row_tokens": (64, {}),
     "train.rows_per_step": (1, {}),
     "train.accumulate": (2, {}),
@@ -62,6 +66,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.clip_norm": (1e-4, {}),
     "train.seed": (5, {}),
     "evaluate.every_steps": (1, {}),
+    "evaluate.at_tokens": ([20], {"evaluate.every_steps": 100}),
     "evaluate.max_new_tokens": (2, {}),
     "evaluate.temperature": (1.5, {}),
     "evaluate.samples": (1, {}),
@@ -72,11 +77,26 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "checkpoint.early_stop_patience": (1, {"train.learning_rate": 3.0, "evaluate.every_steps": 1, "train.steps": 16}),
     "track": ([], {}),
     "output": (None, {}),
+    "sweep.space": ({"adapter.rank": [2, 4]}, {}),
+    "sweep.search": ("tpe", {}),
+    "sweep.trials": (2, {}),
+    "sweep.stop.rule": ("successive-halving", {}),
+    "sweep.stop.reduction": (2, {"sweep.stop.rule": "successive-halving"}),
+    "sweep.stop.first_share": (0.75, {"sweep.stop.rule": "successive-halving"}),
+    "sweep.stop.min_reports": (1, {"sweep.stop.rule": "median"}),
+    "sweep.concurrent": (1, {}),
+    "sweep.repeats": (2, {}),
+    "sweep.folds": (3, {"sweep.folds": 2, "data.eval": None}),
+    "sweep.seed": (5, {}),
+    "sweep.engine": ("ray", {}),
+    "sweep.workers": (1, {}),
 }
 # Keys whose difference is that a run is refused with or without them.
 SHOWN_BY_REFUSAL = {"device", "task", "data.overflow", "data.on_bad_row", "trust_remote_code"}
 # Everything of a run lies there; every other key is compared between two of them.
 WHERE = {"output"}
+# Processes of their own, which the tests of that engine start.
+OF_RAY = {"sweep.engine", "sweep.workers"}
 
 
 def test_every_key_is_listed_here() -> None:
@@ -135,7 +155,9 @@ def places(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     }
 
 
-def seen_of(overrides: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
+def seen_of(
+    overrides: dict[str, Any], places: dict[str, Path], output: Path, *, sweeps: bool = False
+) -> dict[str, Any]:
     """All that a user can see of a run, or the refusal."""
     config: dict[str, Any] = {
         "base": str(places["tiny"]),
@@ -148,17 +170,21 @@ def seen_of(overrides: dict[str, Any], places: dict[str, Path], output: Path) ->
     }
     if "adapter.from" in overrides:
         del config["adapter"]
+    if sweeps:
+        rates = {"low": 1e-3, "high": 1e-1, "log": True}
+        config["sweep"] = {"space": {"train.learning_rate": rates}, "trials": 5, "concurrent": 3}
     filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in overrides.items()}
     try:
-        result = manylora.train(config, overrides=filled)
+        result = (manylora.sweep if sweeps else manylora.train)(config, overrides=filled)
     except UserError as error:
         return {"refused": str(error)}
     events = [json.loads(line) for line in (result.run / "events.jsonl").read_text().splitlines()]
     volatile = ("time", "tokens_per_s", "memory_bytes")
-    tensors = load_file(result.run / "adapters" / "main" / "adapter_model.safetensors")
+    adapter = result.run / "adapters" / ("best" if sweeps else "main")
+    tensors = load_file(adapter / "adapter_model.safetensors")
     return {
         "adapter": {name: value.double().sum().item() for name, value in tensors.items()},
-        "scales": json.loads((result.run / "adapters" / "main" / "receipt.json").read_text())["sites"],
+        "scales": json.loads((adapter / "receipt.json").read_text())["sites"],
         "events": [{k: v for k, v in event.items() if k not in volatile} for event in events],
         "samples": (result.run / "samples.jsonl").read_text(),
         "files": sorted(str(p.relative_to(result.run).parent) for p in result.run.rglob("*")),
@@ -167,14 +193,22 @@ def seen_of(overrides: dict[str, Any], places: dict[str, Path], output: Path) ->
     }
 
 
-@pytest.mark.parametrize("key", sorted(set(OTHER) - WHERE))
+@pytest.mark.parametrize("key", sorted(set(OTHER) - WHERE - OF_RAY))
 def test_a_key_changes_something(key: str, places: dict[str, Path], tmp_path: Path) -> None:
     value, beside = OTHER[key]
-    without = seen_of(beside, places, tmp_path / "without")
-    with_it = seen_of(beside | {key: value}, places, tmp_path / "with")
+    sweeps = key.startswith("sweep.")
+    without = seen_of(beside, places, tmp_path / "without", sweeps=sweeps)
+    with_it = seen_of(beside | {key: value}, places, tmp_path / "with", sweeps=sweeps)
     assert key in SHOWN_BY_REFUSAL or not {"refused"} & (with_it.keys() | without.keys()), (with_it, without)
     if key == "train.accumulate":
         # The one key whose promise is that the result stays as it is: what it changes is how much is held at once.
         assert with_it["adapter"] == pytest.approx(without["adapter"], rel=1e-6, abs=1e-5)
         return
     assert with_it != without
+
+
+def test_an_automatic_learning_rate_is_another_than_the_default(places: dict[str, Path], tmp_path: Path) -> None:
+    default = seen_of({"train.learning_rate": 2e-4}, places, tmp_path / "default")
+    found = seen_of({"train.learning_rate": "auto"}, places, tmp_path / "auto")
+    assert "refused" not in found
+    assert found["adapter"] != default["adapter"]

@@ -126,6 +126,14 @@ def test_the_grid_goes_from_a_thirtieth_of_the_rules_rate_to_ten_times_it() -> N
     assert grid(None) == [1e-5, 3.2e-5, 1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2]
 
 
+def test_sgd_is_searched_where_its_rates_lie(manylora, config) -> None:
+    done = manylora("train", config, "--find-lr", "--set", "train.optimizer=sgd", "--json")
+    assert done.code == 0, done.err
+    assert [one["learning_rate"] for one in done.result["find_lr"]["tried"]] == grid(None, "sgd")
+    assert (grid(None, "sgd")[0], grid(None, "sgd")[-1]) == (1e-2, 10.0)
+    assert "its rule holds for adamw" in done.err
+
+
 def test_of_rates_that_losses_do_not_tell_apart_the_smallest_is_chosen() -> None:
     near = 2.0 * (1 + CLOSE / 2)
     assert choose({1e-4: 2.5, 1e-3: near, 1e-2: 2.0, 1e-1: 9.0})[0] == 1e-3

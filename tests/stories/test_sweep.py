@@ -137,6 +137,18 @@ def test_halving_keeps_a_third_at_each_level_and_stops_the_others_there(halved: 
     assert told["levels"][0] <= tokens[0] < told["levels"][1] <= tokens[6] == tokens[7] < tokens[8]
 
 
+def test_a_step_that_spans_several_levels_is_judged_at_each(manylora, tiny_base_folder, tmp_path) -> None:
+    path = write_sweep(
+        tmp_path, tiny_base_folder, RATES, sweep={"trials": 9, "stop": "successive-halving", "concurrent": 9},
+        train={"tokens": 60},
+    )  # fmt: skip
+    done = manylora("sweep", path)
+    assert done.code == 0, done.err
+    rows = leaderboard(tmp_path / "run")
+    assert [row["state"] for row in rows].count("done") == 1
+    assert len({row["tokens"] for row in rows if row["state"] == "stopped"}) == 1, "all were judged after one step"
+
+
 def test_optuna_opens_the_file_beside_it(halved: Path) -> None:
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -157,6 +169,19 @@ def test_the_winner_and_a_stopped_trial_trained_alone_reach_the_same_loss(manylo
         assert loss == pytest.approx(float(row["eval_loss"]), rel=1e-4)
         assert summary["tokens"] == int(row["tokens"]), "it stops where it was stopped"
         assert summary["state"] == row["state"]
+
+
+def test_the_folder_of_a_sweep_stands_for_its_winner(manylora, halved) -> None:
+    summary = json.loads((halved / "summary.json").read_text(encoding="utf-8"))
+    shown = manylora("inspect", halved, "--json")
+    assert shown.code == 0, shown.err
+    assert shown.result["state"] == "finished"
+    scored = manylora("evaluate", halved, "--no-text", "--json")
+    assert scored.code == 0, scored.err
+    assert list(scored.result["eval"].values())[-1]["loss"] == pytest.approx(summary["eval"]["loss"], rel=1e-5)
+    assert len(scored.result["eval"]) == 2
+    written = manylora("generate", "--adapter", halved, "--prompt", "name : x\n", "--max-new-tokens", 2, "--json")
+    assert written.code == 0, written.err
 
 
 def test_json_gives_the_summary_and_nothing_else_on_stdout(manylora, tiny_base_folder, tmp_path) -> None:
@@ -277,6 +302,22 @@ def test_repeats_give_mean_and_spread_over_seeds_on_the_same_held_out_rows(manyl
     member = told["entries"][0]["members"][2]
     loss, _ = retrained_loss(manylora, folder / "adapters" / member, tmp_path / "again")
     assert loss == pytest.approx(last_loss(folder, member), rel=1e-4), "the held-out rows are those of the sweep"
+
+
+def test_members_of_folds_may_stop_early(manylora, tiny_base_folder, tmp_path) -> None:
+    path = write_sweep(
+        tmp_path,
+        tiny_base_folder,
+        {"train.learning_rate": [1e-3, 0.3]},
+        sweep={"folds": 2, "trials": 2},
+        data={"eval": None},
+        evaluate={"every_steps": 1},
+        checkpoint={"early_stop_patience": 2},
+    )
+    done = manylora("sweep", path)
+    assert done.code == 0, done.err
+    states = {row["train.learning_rate"]: row["state"] for row in leaderboard(tmp_path / "run")}
+    assert states == {"0.001": "done", "0.3": "stopped"}
 
 
 def test_folds_hold_out_each_part_once(manylora, tiny_base_folder, tmp_path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from manylora.base.frozen import FrozenModel
 from manylora.base.probes import RowRules, probe_rows
 from manylora.base.tokenizer import template_digest, tokenizer_digest
 from manylora.ops.dropout import mix
-from manylora.types import IGNORED, Batch, Packing
+from manylora.ops.positions import LINEAR_DTYPES, linear_nats, nats, values_and_gradient, with_gradient
+from manylora.types import IGNORED, Batch, Packing, Site
 
 CHUNK_ELEMENTS = 1 << 22
-"""Logits that exist at one time while a loss is computed: positions x vocabulary."""
+"""Logits that exist at one time while a loss is computed in chunks: positions x vocabulary."""
 
 PostHead = Callable[[Tensor], Tensor]
 
@@ -187,42 +189,90 @@ class LanguageOutputs:
     ) -> Mapping[str, Tensor]:
         """Sums by row of `fn(logits (n, V), labels (n,)) -> {name: (n,)}` over the supervised positions.
 
-        Nothing of the size positions x vocabulary outlives its chunk: the backward computes a chunk's logits again.
+        Nothing of the size positions x vocabulary outlives its chunk. Behind a head that no adapter of this batch
+        changes, a position's gradient is computed along with its value; behind another, and where several outputs of
+        `fn` have a gradient, the backward computes a chunk's logits again.
         """
         chosen = labels.ne(IGNORED)
         counts = chosen.sum(dim=1).tolist()
         index = chosen.reshape(-1).nonzero().squeeze(1)
         picked = self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, index)
         wanted = labels.reshape(-1).index_select(0, index)
-        sums: dict[str, Tensor] = {}
-        begin = 0
-        for pieces in chunks(counts, max(1, CHUNK_ELEMENTS // self.base.vocabulary)):
-            size = sum(stop - start for _, start, stop in pieces)
-            values = self._chunk(picked[begin : begin + size], wanted[begin : begin + size], pieces, fn)
-            rows = torch.tensor([row for row, start, stop in pieces for _ in range(start, stop)], device=labels.device)
-            for name, value in values.items():
-                zero = torch.zeros(self.num_rows, dtype=value.dtype, device=value.device)
-                sums[name] = sums.get(name, zero).index_add(0, rows, value)
-            begin += size
-        if not sums:  # no row of the batch supervises anything
-            empty = fn(self.base.logits(picked), wanted)
-            sums = {name: torch.zeros(self.num_rows, dtype=v.dtype, device=v.device) for name, v in empty.items()}
-        return sums
+        rows = index // labels.shape[1]
+        return {
+            name: torch.zeros(self.num_rows, dtype=value.dtype, device=value.device).index_add(0, rows, value)
+            for name, value in self._values(picked, wanted, counts, fn).items()
+        }
 
-    def _chunk(
+    def _values(self, hidden: Tensor, labels: Tensor, counts: list[int], fn: Callable) -> Mapping[str, Tensor]:
+        """What `fn` gives for each position, in order."""
+        if not len(labels):  # no row of the batch supervises anything
+            with torch.no_grad():
+                return fn(self.base.logits(hidden), labels)
+        constant = self._head_is_constant(hidden, counts)
+        if constant and fn is nats and (linear := self._linear_head()) is not None:
+            return {"nats": linear_nats(hidden, labels, *linear)}
+        grouped = chunks(counts, max(1, CHUNK_ELEMENTS // self.base.vocabulary))
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            known = self._values_and_gradient(hidden, labels, grouped, fn) if constant else None
+            return self._recomputed(hidden, labels, grouped, fn) if known is None else known
+        return _joined([self._run(*given, fn) for given in _each(hidden, labels, grouped)])
+
+    def _head_is_constant(self, hidden: Tensor, counts: list[int]) -> bool:
+        """Whether logits are a function of the states alone, made by a head whose own numbers want no gradient."""
+        head, bank = self.base.head, self.base.bank
+        if head is None or self.base.post_head is None or any(p.requires_grad for p in head.parameters()):
+            return False
+        if bank is None or self.route is None or self._head_site is None:
+            return bank is None
+        with bank.route(type(self.route)(self.route.slots, self.route.streams, tuple(counts))):
+            return not bank.uses(self._head_site, hidden)
+
+    @property
+    def _head_site(self) -> Site | None:
+        return next((site for site in self.base.sites.values() if site.is_head), None)
+
+    def _linear_head(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias where the logits are that linear map and no more, in a dtype that can do without logits."""
+        site = self._head_site
+        if self.base.post_head != "none" or site is None or not site.plain or not isinstance(site.module, nn.Linear):
+            return None
+        weight, bias = site.module.weight, site.module.bias
+        return (weight, bias) if weight.dtype in LINEAR_DTYPES else None
+
+    def _run(
         self, hidden: Tensor, labels: Tensor, pieces: list[tuple[int, int, int]], fn: Callable
-    ) -> Mapping[str, Tensor]:
-        """One chunk's values; its route is made here and travels with it into the backward's recomputation."""
-        context = self._route_of(pieces)
+    ) -> dict[str, Tensor]:
+        with self._route_of(pieces)():
+            return dict(fn(self.base.logits(hidden), labels))
 
-        def run(part: Tensor) -> dict[str, Tensor]:
-            with context():
-                return dict(fn(self.base.logits(part), labels))
+    def _recomputed(self, hidden: Tensor, labels: Tensor, grouped: list, fn: Callable) -> Mapping[str, Tensor]:
+        """The values; a chunk's route is made here and travels with it into the backward's recomputation."""
+        return _joined([
+            checkpoint(self._run, *given, fn, use_reentrant=False, preserve_rng_state=False)
+            for given in _each(hidden, labels, grouped)
+        ])  # fmt: skip
 
-        if not (torch.is_grad_enabled() and hidden.requires_grad):
-            return run(hidden)
-        result: dict[str, Tensor] = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
-        return result
+    def _values_and_gradient(
+        self, hidden: Tensor, labels: Tensor, grouped: list, fn: Callable
+    ) -> Mapping[str, Tensor] | None:
+        """The values, with the gradient of the one that has one; None where several have one."""
+        found: list[dict[str, Tensor]] = []
+        gradients: list[Tensor] = []
+        trained: str | None = None
+        for part, wanted, pieces in _each(hidden, labels, grouped):
+            made = values_and_gradient(partial(self._run, labels=wanted, pieces=pieces, fn=fn), part)
+            if made is None:
+                return None
+            values, name, gradient = made
+            found.append(values)
+            if name is not None and gradient is not None:
+                trained = name
+                gradients.append(gradient)
+        joined = _joined(found)
+        if trained is not None:
+            joined[trained] = with_gradient(joined[trained], hidden, torch.cat(gradients))
+        return joined
 
     def _route_of(self, pieces: list[tuple[int, int, int]]) -> Callable:
         if self.route is None:
@@ -236,6 +286,18 @@ class LanguageOutputs:
             tuple(route.slots[row] for row, _, _ in pieces), streams, tuple(stop - start for _, start, stop in pieces)
         )
         return lambda: bank.route(chosen)
+
+
+def _each(
+    hidden: Tensor, labels: Tensor, grouped: list[list[tuple[int, int, int]]]
+) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, int, int]]]]:
+    """The states and labels of each group of pieces, and the pieces."""
+    sizes = [sum(stop - start for _, start, stop in pieces) for pieces in grouped]
+    yield from zip(hidden.split(sizes), labels.split(sizes), grouped, strict=True)
+
+
+def _joined(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([values[name] for values in found]) for name in found[0]}
 
 
 def chunks(counts: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:

@@ -12,6 +12,22 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 MIB = 1 << 20
 
 
+def _libc() -> ctypes.CDLL | None:
+    """The C library with malloc's options, None where it has none."""
+    try:
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        return libc if libc is not None and libc.mallopt and libc.malloc_trim else None
+    except (OSError, AttributeError):  # another C library
+        return None
+
+
+def give_back_freed() -> None:
+    """Return the freed memory of this process to the system, holes within its heap too; where glibc's malloc is."""
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 @contextmanager
 def freed_memory_kept() -> Iterator[bool]:
     """While it is open, glibc keeps what is freed for what is asked for next; whether this process has such a malloc.
@@ -20,14 +36,11 @@ def freed_memory_kept() -> Iterator[bool]:
     is free at its end: a training step of 16 members on a base of 135 M parameters then faults 180,000 pages in, one
     second in eight on one thread. The peak is the same. At the end what is free is given back.
     """
-    try:
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        set_option, trim = (libc.mallopt, libc.malloc_trim) if libc else (None, None)
-    except (OSError, AttributeError):  # another C library
-        set_option, trim = None, None
-    if set_option is None or trim is None:
+    libc = _libc()
+    if libc is None:
         yield False
         return
+    set_option = libc.mallopt
     kept = bool(set_option(MMAP_THRESHOLD, 1024 * MIB)) & bool(set_option(TRIM_THRESHOLD, 2047 * MIB))
     try:
         yield kept
@@ -35,4 +48,4 @@ def freed_memory_kept() -> Iterator[bool]:
         # What malloc's own adaptation may come to at most.
         set_option(MMAP_THRESHOLD, 32 * MIB)
         set_option(TRIM_THRESHOLD, 64 * MIB)
-        trim(0)
+        give_back_freed()

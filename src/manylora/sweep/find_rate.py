@@ -26,6 +26,8 @@ BELOW, ABOVE, AROUND = 30.0, 10.0, 9
 """From a thirtieth of the rule's rate to ten times it, at nine rates: each is about twice the one before."""
 LOWEST, HIGHEST, UNGUIDED = 1e-5, 1e-2, 7
 """Where no rule holds: three decades, two rates in each."""
+OF_OPTIMIZER = {"sgd": (1e-2, 1e1)}
+"""Optimisers whose rates lie elsewhere. A plain gradient, clipped to norm 1, is spread over all factors."""
 SHARE, LEAST_STEPS, MOST_STEPS = 0.1, 20, 60
 """Steps of a trial: a tenth of the run's, within these bounds and never more than the run has."""
 CLOSE = 0.01
@@ -92,9 +94,10 @@ def find_rate(
     return config.model_copy(update={"train": train}), Found(rate, reason, losses, folder)
 
 
-def grid(center: float | None) -> list[float]:
+def grid(center: float | None, optimizer: str = "adamw") -> list[float]:
     """The rates that are tried, rising, around the rule's answer or, without one (None), where rates usually lie."""
-    low, high, num = (center / BELOW, center * ABOVE, AROUND) if center else (LOWEST, HIGHEST, UNGUIDED)
+    usual = (*OF_OPTIMIZER.get(optimizer, (LOWEST, HIGHEST)), UNGUIDED)
+    low, high, num = (center / BELOW, center * ABOVE, AROUND) if center else usual
     return [float(f"{low * (high / low) ** (index / (num - 1)):.2g}") for index in range(num)]
 
 
@@ -167,9 +170,9 @@ def _laid_out(config: Config, objects: Mapping[str, Any] | None, use_cache: bool
         )
         why = f"around {why.removeprefix('learning ')}"
     except ConfigError as error:
-        center, why = None, f"from {LOWEST:g} to {HIGHEST:g}: {error.what}"
+        center, why = None, f"without a rule: {error.what}"
     # The search opens the base itself, and memory may not hold it twice.
     del stock
     gc.collect()
     steps = short_steps(recipe.total_steps)
-    return grid(center), steps, math.ceil(recipe.warmup * steps / recipe.total_steps), why
+    return grid(center, recipe.optimizer), steps, math.ceil(recipe.warmup * steps / recipe.total_steps), why

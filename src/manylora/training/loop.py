@@ -16,6 +16,7 @@ from manylora.adapters.adapter import Adapter
 from manylora.base.frozen import FrozenModel
 from manylora.errors import NonFiniteLoss, UserError
 from manylora.evaluation.evaluate import evaluate_losses
+from manylora.ops.allocator import give_back_freed
 from manylora.training.checkpoint import Checkpoints, Kept
 from manylora.training.footprint import member_bytes
 from manylora.training.member import Member, State, tokens_of
@@ -181,12 +182,16 @@ class Loop:
 
     def _take_orders(self) -> None:
         """Do what the source says until it has nothing more to say now, or the next member has no room yet."""
+        admitted = False
         while True:
             if self._arriving is not None and self._has_room(self._arriving):
                 self._admit(self._arriving)
+                admitted = True
             free = self._arriving is None and self._free_slot() is not None
             order = self.source.next(free=free, idle=not self.running and self._arriving is None)
             if order is None:
+                if admitted:
+                    give_back_freed()  # what stacks left behind when they grew fits nothing that comes after
                 return
             if order.action == "dismiss":
                 member, kept = self._unparked(order.member)

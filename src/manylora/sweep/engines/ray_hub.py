@@ -13,13 +13,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from manylora.config import Config
 from manylora.files import raise_if_full
 from manylora.sweep.director import Director
-from manylora.training.loop import Recorder
 from manylora.training.source import Ending, Order, Report, Verdict
+
+if TYPE_CHECKING:
+    from manylora.training.loop import Recorder
 
 FILE_NAME = "director.jsonl"
 
@@ -137,16 +139,18 @@ class Hub:
         """Members that are to be taken up again."""
         self._early: dict[str, Order] = {}
         """Orders for members whose workers have not written them down yet."""
+        self._said: set[str] = set()
         self.stopping = False
-        self.num_ended = 0
-        """Endings and reports so far: a sweep whose workers die in between gets on nevertheless."""
+        """Nothing is handed out any more."""
+        self.over = False
+        """Nothing runs, and nothing is left to begin or to go on with."""
+        self.progress = 0
+        """Reports and endings so far: a sweep gets on whose workers die in between."""
 
     @property
-    def over(self) -> bool:
-        """Whether nothing runs, and nothing is left to begin or to go on with."""
-        return bool(self._workers) and self._idle() and not self._returned and self._exhausted
-
-    _exhausted = False
+    def idle(self) -> bool:
+        """Whether no worker holds a member."""
+        return not any(worker.members for worker in self._workers.values())
 
     def resume(self) -> None:
         """Take up a sweep whose driver died: the director's journal, and every member that was under way."""
@@ -176,7 +180,9 @@ class Hub:
                 if name == "waiting":
                     self._has_parked(worker, fields["member"], fields["step"])
             case "note":
-                self._recorder.note(*told)
+                if told[0] not in self._said:  # what one worker finds, all do
+                    self._said.add(told[0])
+                    self._recorder.note(told[0])
             case "next":
                 return self._next(worker, *told)
             case "judge":
@@ -189,6 +195,7 @@ class Hub:
                 self._workers[worker].members.discard(told[0])
                 going_on = self._director.failed(*told)
                 self._write()
+                self.progress += 1
                 return Answer(going_on)
             case "flush":
                 self._write()
@@ -224,16 +231,21 @@ class Hub:
                 return self._handout(order)
         while (order := self._director.next(free=free, idle=idle)) is not None:
             self._write()
-            if any(order.member in other.members for other in self._workers.values()):
+            if self._is_behind(order.member):
                 self._early[order.member] = order
                 continue
             return self._handout(order)
         self._write()
-        self._exhausted = free and idle and self._idle()
+        self.over = free and idle and self.idle
         return None
 
     def _handout(self, order: Order) -> Handout:
         return Handout(order, self._director.config(order.member), self._steps.get(order.member))
+
+    def _is_behind(self, member: str) -> bool:
+        """Whether a member that the director lets go on or stops has yet to come where it waits, or to be put there."""
+        held = any(member in worker.members for worker in self._workers.values())
+        return held or any(order.member == member for order in self._returned)
 
     def _judge(self, reports: Sequence[Report]) -> dict[str, Verdict]:
         verdicts = self._director.judge(reports)
@@ -241,7 +253,7 @@ class Hub:
             if report.level == self._director.members[report.member].level:
                 self._early.pop(report.member, None)  # it reported again, and has its verdict at once
         self._write()
-        self.num_ended += len(reports)
+        self.progress += len(reports)
         return verdicts
 
     def _ended(self, worker: str, ending: Ending) -> None:
@@ -250,7 +262,7 @@ class Hub:
         self._write()
         self._shelf.drop(ending.member)
         self._steps.pop(ending.member, None)
-        self.num_ended += 1
+        self.progress += 1
 
     def _has_parked(self, worker: str, member: str, step: int) -> None:
         self._workers[worker].members.discard(member)
@@ -263,7 +275,6 @@ class Hub:
         """Members that no worker holds any more go on from their last states, or begin again."""
         back: dict[str, int] = {}
         for name in members:
-            self._early.pop(name, None)
             state = self._shelf.rescue(name, workers)
             back[name] = -1 if state is None else state.step
             order = self._order_for(name, state)
@@ -285,9 +296,6 @@ class Hub:
             if known.verdict is not None and known.verdict.judgement == "stop":
                 return Order("dismiss", name, known.verdict.reason)
         return Order("continue", name)
-
-    def _idle(self) -> bool:
-        return not any(worker.members for worker in self._workers.values())
 
     def _write(self) -> None:
         self._journal.write(self._director.journal)
