@@ -19,6 +19,7 @@ from manylora.adapters.receipt import check_base
 from manylora.base.frozen import FrozenModel
 from manylora.errors import AdapterBroken, BaseMismatch, RouteError, SpecError, nearest_names
 from manylora.methods import METHODS
+from manylora.ops.allocator import lying_apart
 from manylora.types import Factors, Method, Segment, Site, Stack, Use
 
 MAX_PLANS = 8192
@@ -172,7 +173,8 @@ class Bank:
             for held in (stack.tensors, stack.anchors, stack.states):
                 for name, tensor in held.items():
                     within = [place for place in kept if place < len(tensor)]
-                    held[name] = tensor.detach()[within].requires_grad_(tensor.requires_grad)
+                    with lying_apart():
+                        held[name] = tensor.detach()[within].requires_grad_(tensor.requires_grad)
                     held[name].grad = None if tensor.grad is None else tensor.grad[within]
             stack.slots, stack.ranks = [stack.slots[p] for p in kept], [stack.ranks[p] for p in kept]
             stack.scales, stack.dropouts = [stack.scales[p] for p in kept], [stack.dropouts[p] for p in kept]
@@ -261,7 +263,8 @@ class Bank:
     def _grown(self, held: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         """A stacked tensor with one place more, which is zero."""
         count = 0 if held is None else held.shape[0]
-        grown = torch.zeros(count + 1, *shape, dtype=self.dtype, device=self.base.device)
+        with lying_apart():
+            grown = torch.zeros(count + 1, *shape, dtype=self.dtype, device=self.base.device)
         if held is not None:
             grown[:count] = held.detach()
         return grown

@@ -93,8 +93,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, logs = ctx.saved_tensors
         layout: Layout = ctx.layout
         grad = _flat(grad_outputs[0])
-        # Products in bfloat16 add no more than the output's own rounding did.
-        dots = (grad * out).sum(dim=-1, dtype=logs.dtype)
+        # Both are widened first: a product of two dtypes takes thrice the time, one in bfloat16 rounds half as much again
+        # into the gradients of q and k.
+        dots = (grad.to(logs.dtype) * out.to(logs.dtype)).sum(dim=-1)
         make = torch.empty if layout.covers else torch.zeros
         flat = [_flat(part) for part in (q, k, v)]
         grads = [make(part.shape, dtype=part.dtype) for part in flat]
@@ -147,10 +148,9 @@ def _backward(
     width, depth, share, tile_size = q.shape[-1], v.shape[-1], q.shape[1] // k.shape[1], group.tile
     # What stands at padding is finite; with these zeros it reaches no gradient of what is real.
     queries, upstream = _tiles(group, q, share, q.dtype, 2), _tiles(group, grad, share, q.dtype, 2, clear=True)
-    _widen(queries, _tiles(group, logs.unsqueeze(-1), share, logs.dtype))
+    _widen(queries, _tiles(group, logs.unsqueeze(-1), share, logs.dtype).div_(scale))
     _widen(upstream, _tiles(group, dots.unsqueeze(-1), share, logs.dtype, clear=True))
     keys, values = (_units(group, part, part.dtype, 2, clear=not causal) for part in (k, v))
-    keys[..., :width].mul_(scale)
     num_units, length, _ = keys.shape
     of_q = q.new_empty(*queries.shape[:3], width)
     summed = q.dtype if group.num_tiles == 1 else logs.dtype
@@ -160,17 +160,22 @@ def _backward(
     for units, tile, seen in _blocks(group, num_units, at_once, causal):
         shape = units.stop - units.start, share * tile_size, seen
         parts, pulls = (space[: math.prod(shape)].view(shape) for space in spaces)
-        torch.bmm(queries[tile, units], keys[units, :seen].transpose(1, 2), out=parts).exp_()
+        _product(queries[tile, units], keys[units, :seen].transpose(1, 2), scale, parts).exp_()
         if causal:
             parts.view(-1, tile_size, seen).tril_(tile * tile_size)
         torch.bmm(upstream[tile, units], values[units, :seen].transpose(1, 2), out=pulls).mul_(parts)
-        torch.bmm(pulls, keys[units, :seen, :width], out=of_q[tile, units])
+        _product(pulls, keys[units, :seen, :width], scale, of_q[tile, units])
         last = tile == group.num_tiles - 1  # comes first, and sees every key
         _collect(of_k[units, :seen], pulls.transpose(1, 2), queries[tile, units, :, :width], last)
         _collect(of_v[units, :seen], parts.transpose(1, 2), upstream[tile, units, :, :depth], last)
     _put_tiles(group, of_q, share, grads[0])
     _put_units(group, of_k.mul_(scale), grads[1])
     _put_units(group, of_v, grads[2])
+
+
+def _product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
+    """Scaled before it is rounded: in bfloat16, what is scaled before or after it is rounded once more."""
+    return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 def _collect(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

@@ -85,11 +85,7 @@ def _sweep(states: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, 
         faded = before.sub_(top).exp_()
         total.mul_(faded).add_(shares.sum(dim=1, keepdim=True))
         if gradient is not None:
-            pull.mul_(faded)
-            if logits.dtype == wide:
-                pull.addmm_(shares, rows)
-            else:
-                pull.add_(logits.copy_(shares) @ rows)
+            pull.mul_(faded).add_(logits.copy_(shares) @ rows)
     of_own = (own - top).exp_()
     everything = total + of_own
     if gradient is not None:
@@ -102,17 +98,34 @@ def values_and_gradient(
 ) -> tuple[dict[str, Tensor], str | None, Tensor | None] | None:
     """`fn(hidden (n, H)) -> {name: (n,)}` detached, the name of the one output with a gradient, that gradient (n, H).
 
-    `with_gradient` joins them again. None for name and gradient where no output has one; None altogether where several
-    have one, since each would take a backward of its own.
+    `with_gradient` joins them again. None for name and gradient where no output has one. None altogether where several
+    have one, since each would take a backward of its own, and where anything but the states has one too.
     """
-    with torch.enable_grad():
+    # Hooks count or move what waits for a backward; this graph does not outlive the call, so theirs are not for it.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         states = hidden.detach().requires_grad_()
         values = fn(states)
         trained = [name for name, value in values.items() if value.requires_grad]
-        if len(trained) > 1:
+        if len(trained) > 1 or any(leaf is not states for name in trained for leaf in _leaves(values[name])):
             return None
         gradient = torch.autograd.grad(values[trained[0]].sum(), states)[0] if trained else None
     return {name: value.detach() for name, value in values.items()}, trained[0] if trained else None, gradient
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """The tensors that a backward from a value would give a gradient."""
+    if value.grad_fn is None:
+        return [value]
+    found: list[Tensor] = []
+    seen, waiting = {value.grad_fn}, [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+        fresh = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= fresh
+        waiting += fresh
+    return found
 
 
 def with_gradient(values: Tensor, hidden: Tensor, gradient: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ class Ledger:
         self._full_tokens = full_tokens
         self._log: EventLog | None = None
         self._trackers: Trackers | None = None
-        self._speeds: dict[str, tuple[int, float]] = {}
-        self._tick = 0
+        self._now: dict[str | None, tuple[int, float]] = {}
+        self._speeds: dict[str | None, float] = {}
         self._written_at = 0.0
         self._started = False
 
@@ -87,10 +87,12 @@ class Ledger:
             }
             self._trackers.log(fields["member"], fields["step"], numbers)
         if name == "step":
-            self._speeds[fields["member"]] = fields["tick"], fields["tokens_per_s"]
-            if fields["tick"] != self._tick:  # the last tick is whole
+            worker = fields.get("worker")  # ticks count in each
+            tick, speed = self._now.get(worker, (fields["tick"], 0.0))
+            if fields["tick"] != tick:  # the last one is whole
+                self._speeds[worker], speed = speed, 0.0
                 self._progress()
-                self._tick = fields["tick"]
+            self._now[worker] = fields["tick"], speed + fields["tokens_per_s"]
         elif name in TURNING:
             self._board.show(self._director.entries())
             if time.monotonic() - self._written_at > WRITE_S:
@@ -125,7 +127,7 @@ class Ledger:
     def _progress(self) -> None:
         entries = self._director.entries()
         running = sum(1 for member in self._director.members.values() if member.state == "running")
-        speed = sum(speed for tick, speed in self._speeds.values() if tick == self._tick)
+        speed = sum(self._speeds.values())
         self._board.members(sum(entry.tokens for entry in entries), self._expected(), running, speed or None)
 
     def _expected(self) -> int:

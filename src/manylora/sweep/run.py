@@ -86,6 +86,8 @@ def sweep(
     trials.levels = levels_of(rule.shares, full_tokens)
     proposed = (rehearsed.propose(number) for number in range(min(LIKELY, rehearsed.num_trials)))
     likely = trials.possible(proposed, stock.data)
+    engine = ENGINES.get(config.sweep.engine)
+    engine.check(config)
     for note in (*stock.notes, *notes):
         board.note(note)
     folder.begin(config)
@@ -96,7 +98,7 @@ def sweep(
     for note in ledger.headlines():
         board.note(note)
     try:
-        ENGINES.get(config.sweep.engine)(config, stock, folder, director, ledger, likely=likely, resume=resume)
+        engine.run(config, stock, folder, director, ledger, likely=likely, resume=resume)
         board.show(director.entries())  # those that ended last
     finally:
         board.close()

@@ -50,7 +50,7 @@ class Stock:
         self.task = TASKS.get(config.task)
         self.objective = OBJECTIVES.get(self.task.objective)
         self._objects = objects or {}
-        self._use_cache = use_cache
+        self.use_cache = use_cache
         self._data: dict[str, RunData] = {}
         self._epochs: dict[tuple[str, int], Epochs] = {}
         self._opened = self._sources(config)
@@ -74,7 +74,7 @@ class Stock:
             if self.task.kinds:
                 opened = self._opened if config is self.config else self._sources(config)
                 reading = reading_of(config, row_tokens)
-                data = text_data(self.base, *opened, reading, use_cache=self._use_cache)
+                data = text_data(self.base, *opened, reading, use_cache=self.use_cache)
             else:
                 data = tensor_data(config, self.base, self._objects)
             data = split_off(config, data, _split_seed(config))

@@ -235,6 +235,8 @@ def _finish(
     if member.eval_examples:
         console.note("evaluating base and adapter on the held-out rows")
         scores = compare(config, stock, adapter, folder, member.name)
+    else:
+        write_text_atomic(folder.path / "samples.jsonl", "")
     summary = {
         "run": str(folder.path),
         "adapters": {member.name: str(path)},

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from manylora.sweep.room import room_for
+from manylora.files import write_json_atomic
+from manylora.sweep.engines import Engine
+from manylora.sweep.room import Room, room_for
 from manylora.training.run import run_loop, save_member
 
 if TYPE_CHECKING:
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
     from manylora.training.folder import RunFolder
     from manylora.training.member import Member
     from manylora.training.prepare import Stock
+
+ROOM_FILE = "room.json"
 
 
 def run(
@@ -34,7 +40,13 @@ def run(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written. UserError: see `training.loop.Loop`.
     """
     said = len(stock.notes)
-    room = room_for(config, stock, likely, director.num_trials)
+    # What memory held when the sweep began decides its batches to the end: it resumes to the same bytes.
+    kept = folder.path / ROOM_FILE
+    if resume and kept.is_file():
+        room = Room(**json.loads(kept.read_text(encoding="utf-8")))
+    else:
+        room = room_for(config, stock, likely, director.num_trials)
+        write_json_atomic(kept, asdict(room))
     for note in (*stock.notes[said:], room.reason):
         ledger.note(note)
 
@@ -51,7 +63,7 @@ def run(
         director,
         make,
         ledger.open,
-        hand=lambda member, adapter: hand_over(member, adapter, director, folder, stock),
+        hand=lambda member, adapter: hand_over(member, adapter, director.config(member.name), folder, stock),
         resume=resume,
         num_slots=room.num_slots,
         budget_tokens=room.budget_tokens,
@@ -59,9 +71,11 @@ def run(
     )
 
 
-def hand_over(member: Member, adapter: Adapter, director: Director, folder: RunFolder, stock: Stock) -> None:
+def hand_over(member: Member, adapter: Adapter, config: Config, folder: RunFolder, stock: Stock) -> None:
     """Write what a member ended with; one that was stopped is trained again alone on its full schedule, as far."""
-    config = director.config(member.name)
     if member.state == "stopped":
         config = config.model_copy(update={"train": config.train.model_copy(update={"stop_after": member.step})})
     save_member(config, adapter, folder.adapter(member.name), stock.base)
+
+
+LOCAL = Engine(run=run, check=lambda config: None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, UserError
+from manylora.sweep.engines import Engine
 from manylora.sweep.engines.ray_hub import FILE_NAME, Hub, Journal
 from manylora.sweep.engines.ray_shelf import DiskShelf
 from manylora.sweep.engines.ray_worker import Task, Worker
@@ -84,7 +85,6 @@ def run(
         KeyboardInterrupt: after Ctrl-C, once every worker has written a checkpoint. UserError: see
             `training.loop.Loop`; or the workers die again and again.
     """
-    check(config)
     sweep = config.sweep
     assert sweep is not None
     shelf = DiskShelf(folder.checkpoints, stock.config.checkpoint.keep)
@@ -116,7 +116,7 @@ def run(
                         num_workers=places.num_workers,
                         num_threads=places.num_threads,
                         device=places.device,
-                        use_cache=stock._use_cache,
+                        use_cache=stock.use_cache,
                         run=folder.path.absolute(),
                         home=Path.cwd(),
                     )
@@ -288,3 +288,6 @@ def _ray() -> Any:
             "sweep.engine is ray, and Ray is not installed", next_step="pip install manylora[ray]"
         ) from error
     return ray
+
+
+RAY = Engine(run=run, check=check)

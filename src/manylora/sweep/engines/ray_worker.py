@@ -226,7 +226,7 @@ def train(task: Task, post: Post) -> None:
 
     def hand(member: Member, adapter: Adapter) -> None:
         # All that it asks a director for is a member's configuration.
-        hand_over(member, adapter, proxy, folder, stock)  # pyright: ignore[reportArgumentType]
+        hand_over(member, adapter, proxy.config(member.name), folder, stock)
 
     settings = LoopSettings(
         checkpoint_every=kept.every_steps,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manylora.adapters.bank import Bank
 from manylora.errors import CheckpointBroken
+from manylora.ops.allocator import lying_apart
 from manylora.types import Stack
 
 
@@ -123,7 +124,8 @@ class StackedOptimizer:
         like, label = stack.tensors[name], f"{type(self).__name__}|{name}|{key}"
         held = stack.states.get(label)
         if held is None or held.shape != like.shape:
-            grown = torch.zeros_like(like, requires_grad=False)
+            with lying_apart():
+                grown = torch.zeros_like(like, requires_grad=False)
             if held is not None:
                 grown[: held.shape[0]] = held
             stack.states[label] = held = grown
