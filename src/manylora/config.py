@@ -6,11 +6,8 @@ Relative paths in a file are relative to that file; those in overrides, to the c
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -28,103 +25,21 @@ from pydantic import (
 
 from manylora import config_text
 from manylora.config_errors import as_config_error, unknown_key
+from manylora.config_values import (
+    Names,
+    Number,
+    Whole,
+    alone,
+    count_or_auto,
+    device_name,
+    fold_part,
+    in_table,
+    or_none,
+    rate_or_auto,
+    several,
+)
 from manylora.errors import ConfigError
 from manylora.spec import AdapterSpec
-
-# Where the names that a key accepts are kept: (module, table). Imported only when such a key is checked.
-TABLES = MappingProxyType(
-    {
-        "task": ("manylora.tasks", "TASKS"),
-        "packing": ("manylora.quant", "PACKINGS"),
-        "format": ("manylora.data.formats", "FORMATS"),
-        "method": ("manylora.methods", "METHODS"),
-        "init": ("manylora.methods.inits", "INITS"),
-        "schedule": ("manylora.training.schedule", "SCHEDULES"),
-        "optimizer": ("manylora.training.optim", "OPTIMIZERS"),
-        "track": ("manylora.training.trackers", "TRACKERS"),
-        "search": ("manylora.sweep.searches", "SEARCHES"),
-        "stopping rule": ("manylora.sweep.stopping", "RULES"),
-        "engine": ("manylora.sweep.engines", "ENGINES"),
-    }
-)
-
-
-def _in_table(kind: str, *, besides: Sequence[str] = ()) -> AfterValidator:
-    """A check that a name is in the table of its kind, or one of `besides`."""
-
-    def check(name: str) -> str:
-        import importlib
-
-        module, table = TABLES[kind]
-        return name if name in besides else getattr(importlib.import_module(module), table).check(name)
-
-    return AfterValidator(check)
-
-
-def _whole(value: Any) -> Any:
-    """Whole numbers however they are written (8, 8.0, 1e3), and not true or false."""
-    if isinstance(value, bool):
-        raise ValueError("a whole number")  # noqa: TRY004 - pydantic collects ValueError alone
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _number(value: Any) -> Any:
-    """Finite numbers, also those that YAML 1.1 readers leave as text (1e-3), and not true or false."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError("a number") from None
-    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError("a finite number")
-    return value
-
-
-def _rate_or_auto(value: Any) -> Any:
-    number = value if value == "auto" else _number(value)
-    if number != "auto" and (not isinstance(number, int | float) or number <= 0):
-        raise ValueError("above 0, or auto")
-    return number
-
-
-def _count_or_auto(value: Any) -> Any:
-    number = value if value == "auto" else _whole(value)
-    if number != "auto" and (not isinstance(number, int) or number < 1):
-        raise ValueError("at least 1, or auto")
-    return number
-
-
-def _fold(text: str) -> str:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]) or int(found[2]) < 2:
-        raise ValueError("PART/PARTS, such as 1/5: the first of five parts is held out")
-    return text
-
-
-def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise ValueError("auto, cpu, cuda, cuda:1 or mps")
-    return name
-
-
-def _several(value: Any) -> Any:
-    """One name, names with commas between them, or a list, as a list; a regular expression keeps its commas."""
-    if isinstance(value, str):
-        return [value] if value.startswith("re:") else [part.strip() for part in value.split(",") if part.strip()]
-    return value
-
-
-def _alone(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) or value is None else [value]
-
-
-def _or_none(value: Any) -> Any:
-    return () if value is None else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Number = Annotated[float, BeforeValidator(_number)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 
 class Section(BaseModel):
@@ -160,7 +75,7 @@ class DataPlace(Section):
         return self.path if self == DataPlace(path=self.path) else values
 
 
-Places = Annotated[tuple[DataPlace, ...], BeforeValidator(_alone)]
+Places = Annotated[tuple[DataPlace, ...], BeforeValidator(alone)]
 
 
 class DataConfig(Section):
@@ -170,7 +85,7 @@ class DataConfig(Section):
         min_length=1,
         description="training rows: a file, a folder, hub:owner/name, a list of these, or [{path, weight, split}]",
     )
-    eval: Annotated[Places, BeforeValidator(_or_none)] = Field(
+    eval: Annotated[Places, BeforeValidator(or_none)] = Field(
         default=(),
         description="held-out rows; or give eval_fraction; a folder's own valid split is taken unasked",
         validate_default=True,
@@ -178,13 +93,13 @@ class DataConfig(Section):
     eval_fraction: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
         default=None, description="share of the training rows held out; rows that share a prompt stay together"
     )
-    fold: Annotated[str, AfterValidator(_fold)] | None = Field(
+    fold: Annotated[str, AfterValidator(fold_part)] | None = Field(
         default=None, description="2/5: of five parts of the training rows the second is held out; instead of eval"
     )
     split_seed: Annotated[Whole, Field(ge=0)] | None = Field(
         default=None, description="decides which rows eval_fraction and fold hold out; null: train.seed"
     )
-    format: Annotated[str, _in_table("format", besides=("auto",))] = Field(
+    format: Annotated[str, in_table("format", besides=("auto",))] = Field(
         default="auto", description="how a row is read"
     )
     columns: dict[str, str] = Field(default={}, description="renames columns: {prompt: question, completion: answer}")
@@ -217,7 +132,7 @@ class DataConfig(Section):
 class AdapterConfig(Section):
     """`adapter`: what is trained."""
 
-    method: Annotated[str, _in_table("method")] = Field(default="lora", description="how a site is changed")
+    method: Annotated[str, in_table("method")] = Field(default="lora", description="how a site is changed")
     rank: Whole = Field(
         default=16, description="rank of the low-rank change, at least 1; capped where a site is smaller"
     )
@@ -226,14 +141,14 @@ class AdapterConfig(Section):
         default=("all-linear",), description="sites: endings of names, globs, re:..., all-linear, everything"
     )
     exclude: Names = Field(default=(), description="sites to leave out, by the same patterns")
-    layers: Annotated[tuple[Whole, ...], BeforeValidator(_alone)] | None = Field(
+    layers: Annotated[tuple[Whole, ...], BeforeValidator(alone)] | None = Field(
         default=None, description="only these layers, by index from 0"
     )
     full_sites: Names = Field(default=(), description="sites trained as whole copies: heads")
     rank_pattern: dict[str, Whole] = Field(default={}, description="ranks by the end of a site's name")
     alpha_pattern: dict[str, Number] = Field(default={}, description="alphas by the end of a site's name")
     dropout: Number = Field(default=0.0, description="dropout of the low-rank branch's input, from 0 to below 1")
-    init: Annotated[str, _in_table("init")] = Field(default="default", description="where the factors start")
+    init: Annotated[str, in_table("init")] = Field(default="default", description="where the factors start")
     scale_rule: Literal["alpha/rank", "alpha/sqrt(rank)"] = Field(
         default="alpha/rank", description="the scale at a site"
     )
@@ -271,10 +186,10 @@ class AdapterConfig(Section):
 class TrainConfig(Section):
     """`train`: the optimiser and its steps."""
 
-    learning_rate: Annotated[float | Literal["auto"], BeforeValidator(_rate_or_auto)] = Field(
+    learning_rate: Annotated[float | Literal["auto"], BeforeValidator(rate_or_auto)] = Field(
         default=2e-4, description="peak learning rate; auto: the field's rule for the base and method, with its reason"
     )
-    schedule: Annotated[str, _in_table("schedule")] = Field(default="cosine", description="course of the learning rate")
+    schedule: Annotated[str, in_table("schedule")] = Field(default="cosine", description="course of the learning rate")
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(
         default=0.03, description="share of the steps spent warming up"
     )
@@ -301,7 +216,7 @@ class TrainConfig(Section):
     accumulate: Annotated[Whole, Field(ge=1)] = Field(
         default=1, description="micro-batches that a step is computed in; changes memory, not the result"
     )
-    optimizer: Annotated[str, _in_table("optimizer")] = Field(default="adamw", description="the optimiser")
+    optimizer: Annotated[str, in_table("optimizer")] = Field(default="adamw", description="the optimiser")
     weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), description="decay of the optimiser's two averages"
@@ -330,7 +245,7 @@ class EvaluateConfig(Section):
     every_steps: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="steps between evaluations; null: each epoch"
     )
-    at_tokens: Annotated[tuple[Annotated[Whole, Field(ge=1)], ...], BeforeValidator(_or_none)] = Field(
+    at_tokens: Annotated[tuple[Annotated[Whole, Field(ge=1)], ...], BeforeValidator(or_none)] = Field(
         default=(), description="evaluate also once so many tokens are trained; rising"
     )
     max_new_tokens: Annotated[Whole, Field(ge=1)] = Field(default=128, description="length limit of a generated answer")
@@ -364,7 +279,7 @@ class CheckpointConfig(Section):
 class StopConfig(Section):
     """`sweep.stop`: which trials are not trained to their end; in a file just the rule, or a mapping that says more."""
 
-    rule: Annotated[str, _in_table("stopping rule")] = Field(
+    rule: Annotated[str, in_table("stopping rule")] = Field(
         default="none", description="none, median, successive-halving, asha"
     )
     reduction: Annotated[Whole, Field(ge=2)] = Field(
@@ -395,12 +310,12 @@ class SweepConfig(Section):
         min_length=1,
         description="what varies, by key: {adapter.rank: [4, 16], train.learning_rate: {low: 1e-5, high: 1e-2}}",
     )
-    search: Annotated[str, _in_table("search")] = Field(default="random", description="grid, random, tpe")
+    search: Annotated[str, in_table("search")] = Field(default="random", description="grid, random, tpe")
     trials: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="configurations that are tried; null: the whole grid, else 16"
     )
     stop: StopConfig = Field(default_factory=StopConfig, description="which trials are not trained to their end")
-    concurrent: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
+    concurrent: Annotated[int | Literal["auto"], BeforeValidator(count_or_auto)] = Field(
         default="auto", description="members that train at once; auto: as many as memory holds"
     )
     repeats: Annotated[Whole, Field(ge=1)] = Field(default=1, description="seeds of each configuration")
@@ -408,7 +323,7 @@ class SweepConfig(Section):
         default=None, description="parts of the training rows, each held out once; instead of data.eval"
     )
     seed: Annotated[Whole, Field(ge=0)] = Field(default=0, description="decides what the search proposes")
-    engine: Annotated[str, _in_table("engine")] = Field(default="local", description="local, or ray: several machines")
+    engine: Annotated[str, in_table("engine")] = Field(default="local", description="local, or ray: several machines")
     workers: Annotated[Whole, Field(ge=1)] = Field(default=2, description="processes of the ray engine")
 
 
@@ -419,21 +334,21 @@ class Config(Section):
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
         default="bfloat16", description="of the frozen base"
     )
-    device: Annotated[str, AfterValidator(_device)] = Field(
+    device: Annotated[str, AfterValidator(device_name)] = Field(
         default="auto", description="auto, cpu, cuda, cuda:1 or mps"
     )
-    quantize: Annotated[str, _in_table("packing")] | None = Field(
+    quantize: Annotated[str, in_table("packing")] | None = Field(
         default=None, description="pack the base's linear weights as it is read: nf4, fp4, int8, int4"
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the base; never remembered")
-    task: Annotated[str, _in_table("task")] = Field(default="sft", description="what is learned and how it is scored")
+    task: Annotated[str, in_table("task")] = Field(default="sft", description="what is learned and how it is scored")
     data: DataConfig = Field(description="what is learned from")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="what is trained")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the optimiser and its steps")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="how held-out rows are used")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="what is kept on disk")
     track: Annotated[
-        tuple[Annotated[str, _in_table("track")], ...], BeforeValidator(_several), BeforeValidator(_or_none)
+        tuple[Annotated[str, in_table("track")], ...], BeforeValidator(several), BeforeValidator(or_none)
     ] = Field(
         default=("tensorboard",),
         description="where curves go besides events.jsonl: tensorboard, wandb, mlflow, trackio",

@@ -35,7 +35,7 @@ def direct(stop: str = "successive-halving", storage: Any = None, **changes: Any
     trials = Trials(config, space)
     search = Search("grid", space, seed=0, num_trials=None, storage=storage, study_name="s")
     rule = RULES.get(stop)(search.num_trials, StopSettings())
-    trials.levels = levels_of(rule.shares, FULL)
+    trials.levels = levels_of(rule.shares, FULL, FULL // 50)
     return Director(trials, search, rule)
 
 
@@ -280,10 +280,11 @@ def test_folds_and_held_out_rows_are_not_both_possible() -> None:
         direct(sweep={"folds": 2})
 
 
-@pytest.mark.parametrize("full", [1, 5, 8])
-def test_a_budget_too_small_for_the_levels_says_so(full: int) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_a_budget_too_small_for_the_levels_says_so(steps: int) -> None:
     with pytest.raises(ConfigError, match="too few to be judged at 2 levels"):
-        levels_of((0.05, 0.1), full)
+        levels_of((0.05, 0.1), 1000, steps)
+    assert levels_of((0.05, 0.1), 1000, 11) == (50, 100)
 
 
 def test_directing_needs_no_torch() -> None:

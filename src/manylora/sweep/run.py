@@ -72,7 +72,7 @@ def sweep(
             "a sweep compares its trials on held-out rows, and there are none",
             next_step="give data.eval, data.eval_fraction or sweep.folds",
         )
-    full_tokens = stock.full_tokens(trials.base)
+    full_tokens, full_steps = stock.length(trials.base)
     began = time.perf_counter()
     num_trials = config.sweep.trials or (None if config.sweep.search == "grid" else DEFAULT_TRIALS)
     told = {"seed": config.sweep.seed, "num_trials": num_trials, "study_name": folder.path.name}
@@ -83,7 +83,7 @@ def sweep(
     # Judged before anything is written: a space or a budget that cannot be searched.
     rehearsed = Search(config.sweep.search, space, storage=None, **told)
     rule = RULES.get(stop.rule)(rehearsed.num_trials, settings)
-    trials.levels = levels_of(rule.shares, full_tokens)
+    trials.levels = levels_of(rule.shares, full_tokens, full_steps)
     proposed = (rehearsed.propose(number) for number in range(min(LIKELY, rehearsed.num_trials)))
     likely = trials.possible(proposed, stock.data)
     engine = ENGINES.get(config.sweep.engine)

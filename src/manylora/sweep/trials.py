@@ -148,16 +148,17 @@ class Trials:
         return None
 
 
-def levels_of(shares: tuple[float, ...], full_tokens: int) -> tuple[int, ...]:
-    """Counts of trained tokens at which trials are judged.
+def levels_of(shares: tuple[float, ...], full_tokens: int, full_steps: int) -> tuple[int, ...]:
+    """Counts of trained tokens at which trials are judged, each in a step of its own.
 
     Raises:
         ConfigError: a budget too small for the rule's levels to differ.
     """
     levels = tuple(max(1, math.ceil(share * full_tokens)) for share in shares)
-    if len(set(levels)) < len(levels) or (levels and levels[-1] >= full_tokens):
+    steps = [math.ceil(share * full_steps) for share in shares]
+    if len(set(steps)) < len(steps) or (steps and steps[-1] >= full_steps):
         raise ConfigError(
-            f"a trial trains {full_tokens:,} tokens, too few to be judged at {len(levels)} levels",
+            f"a trial trains {full_tokens:,} tokens in {full_steps:,} steps, too few to be judged at {len(levels)} levels",
             next_step="train longer (train.epochs, train.tokens), or set sweep.stop: none",
         )
     return levels

@@ -95,10 +95,11 @@ class Stock:
         self._say(coverage(self.base, adapter))
         return member, adapter
 
-    def full_tokens(self, config: Config) -> int:
-        """Trained tokens of a member that runs to its end."""
+    def length(self, config: Config) -> tuple[int, int]:
+        """(trained tokens, steps) of a member that runs to its end."""
         member = self._laid_out(config, "", config.adapter.spec(), self.data(config))
-        return tokens_of(member.epochs, steps=member.recipe.total_steps, rows_per_step=member.recipe.rows_per_step)
+        steps = member.recipe.total_steps
+        return tokens_of(member.epochs, steps=steps, rows_per_step=member.recipe.rows_per_step), steps
 
     def _laid_out(self, config: Config, name: str, spec: AdapterSpec, data: RunData) -> Member:
         row_tokens, seed = self.row_tokens(config), config.train.seed
