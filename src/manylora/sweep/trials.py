@@ -158,7 +158,7 @@ def levels_of(shares: tuple[float, ...], full_tokens: int, full_steps: int) -> t
     steps = [math.ceil(share * full_steps) for share in shares]
     if len(set(steps)) < len(steps) or (steps and steps[-1] >= full_steps):
         raise ConfigError(
-            f"a trial trains {full_tokens:,} tokens in {full_steps:,} steps, too few to be judged at {len(levels)} levels",
+            f"a trial makes {full_steps} steps of {full_tokens:,} tokens, too few to be judged at {len(levels)} levels",
             next_step="train longer (train.epochs, train.tokens), or set sweep.stop: none",
         )
     return levels
