@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from results import write_result
 
 from manylora.config import load_config
@@ -30,6 +34,7 @@ SPACE = {
     "adapter.dropout": [0.0, 0.1],
     "train.rows_per_step": [1, 2, 4],
 }
+STOP = {"rule": "successive-halving", "reduction": 3, "first_share": 0.1}
 BOUNDS = {"worst_loss_ratio": 1.01, "most_tokens_share": 0.25}
 TOLERANCE = 0.02
 """Relative: how far the loss of one trial may lie apart in two sweeps of other neighbours, in bfloat16."""
@@ -40,18 +45,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--epochs", type=float, default=0.5)
-    parser.add_argument("--reduction", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of each process; the seeds train side by side")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="keep the runs here; sweeps that lie there are resumed or reused")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.folder or Path(scratch)
-        found = [seed_of(seed, asked, folder) for seed in asked.seeds]
+        with ProcessPoolExecutor(asked.processes, multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(partial(seed_of, asked=asked, folder=folder), asked.seeds))
     figures: dict[str, Any] = {
         "base": "builtin:tiny-en",
         "space": SPACE,
         "trials": asked.trials,
         "epochs": asked.epochs,
-        "rule": f"successive-halving, reduction {asked.reduction}",
+        "stop": STOP,
         "seeds": found,
         "worst_loss_ratio": max(one["loss_ratio"] for one in found),
         "most_tokens_share": max(one["tokens_share"] for one in found),
@@ -68,6 +75,7 @@ def main() -> None:
 
 def seed_of(seed: int, asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Both sweeps of one seed, and how they compare."""
+    torch.set_num_threads(asked.threads)
     data = demo_data_folder()
     values = {
         "base": "builtin:tiny-en",
@@ -79,7 +87,7 @@ def seed_of(seed: int, asked: argparse.Namespace, folder: Path) -> dict[str, Any
         "sweep": {"space": SPACE, "trials": asked.trials, "seed": seed},
     }
     told = {}
-    for name, stop in (("full", "none"), ("halved", {"rule": "successive-halving", "reduction": asked.reduction})):
+    for name, stop in (("full", "none"), ("halved", STOP)):
         output = folder / f"{name}-{seed}"
         config = load_config(values, {"output": output, "sweep.stop": stop})
         sweep(config, board=Board(), resume=output.exists())

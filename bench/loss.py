@@ -1,8 +1,9 @@
 """What the loss behind a frozen head costs: our tiles against all logits at once, recomputed chunks, and torch's own.
 
-    python bench/loss.py
+    OMP_WAIT_POLICY=PASSIVE python bench/loss.py
 
-Training asks for the nats of each supervised position and for their gradient with respect to the hidden states. `ours`
+Threads that spin at a barrier take the core from the one that they wait for, where anything else runs on the machine;
+whoever has many short products then pays most, so they are told to sleep. Training asks for the nats of each supervised position and for their gradient with respect to the hidden states. `ours`
 is the call that training makes. `naive` is `cross_entropy(linear(h, W).float(), y)`. `recomputed` computes chunks of
 logits in the forward and again in the backward, under torch's checkpoint. `torch` is `linear_cross_entropy` in chunks,
 as its options come. First each is compared with autograd in float64. Then they take turns, forward and backward. The
@@ -59,7 +60,8 @@ def main() -> None:
     if asked.peak:
         print(peak_of(*asked.peak))
         return
-    figures: dict[str, Any] = {"threads": asked.threads, "bounds": BOUNDS, "errors": errors()}
+    figures: dict[str, Any] = {"threads": asked.threads, "wait": os.environ.get("OMP_WAIT_POLICY", "as it comes"), "bounds": BOUNDS,
+                               "errors": errors()}  # fmt: skip
     for name in asked.cases:
         peaks, seconds = memory(name, asked.threads), speeds(name, asked.rounds)
         sizes = dict(zip(("vocabulary", "width", "positions", "dtype"), CASES[name], strict=True))

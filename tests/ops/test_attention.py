@@ -18,6 +18,7 @@ from manylora.base.probes import packed_inputs
 from manylora.data.collate import collate
 from manylora.data.example import Example
 from manylora.ops import attention as module
+from manylora.ops import attention_layout
 from manylora.ops.attention import attention, reference
 from manylora.ops.attention_layout import Layout, read_layout
 from manylora.ops.attention_model import NAME, attention_fallbacks, register, use_attention
@@ -171,6 +172,30 @@ def test_bfloat16_stays_within_its_band_of_float32(size, width, causal):
     assert_same([part.float() for part in found], results(reference, exact, layout), BAND)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_nothing_is_read_from_memory_that_was_not_written(causal, dtype):
+    layout = layout_of([[40, 100, 3, 57], [131, 50]], causal=causal)
+    parts = drawn(layout, dtype=dtype)
+    expected = results(attention, parts, layout)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        found = results(attention, parts, layout)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+def test_sums_over_many_tiles_are_not_rounded_at_each(monkeypatch):
+    monkeypatch.setattr(attention_layout, "SHORT_TILE", 8)
+    layout = layout_of([[400]], causal=False)
+    parts = drawn(layout, dtype=torch.bfloat16)
+    exact = tuple(part.detach().float().requires_grad_(part.requires_grad) for part in parts)
+    found = [part.float() for part in results(attention, parts, layout)]
+    assert layout.groups[0].num_tiles == 50
+    assert_same(found, results(reference, exact, layout), BAND)
+
+
 def test_what_is_saved_is_q_k_v_the_output_and_a_number_for_each_softmax():
     layout = layout_of([[300], [150, 150]])
     q, k, v, _ = drawn(layout, 4, 2, 32, 32, torch.bfloat16)
@@ -182,6 +207,7 @@ def test_what_is_saved_is_q_k_v_the_output_and_a_number_for_each_softmax():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = attention(q, k, v, layout)
+    assert {part.untyped_storage().data_ptr() for part in (q, k, v, out)} < set(kept)
     assert sum(kept.values()) == sum(part.nbytes for part in (q, k, v, out)) + 4 * 2 * 300 * 4
     assert out.transpose(1, 2).is_contiguous()
 
@@ -234,6 +260,13 @@ def test_a_layout_is_read_from_its_mask_and_from_no_other(lengths, causal, flip)
         assert torch.equal(found.mask() & seen, mask & seen)
     elif flip is None:
         pytest.fail("the layout was not found")
+
+
+def test_padding_ends_a_span_where_positions_go_on():
+    real = torch.tensor([[False, True, True, True, False, False]])
+    layout = Layout.of_positions(torch.arange(6)[None], causal=True, real=real)
+    assert layout.spans == ((1, 4),)
+    assert not layout.covers
 
 
 def test_shapes_that_do_not_fit_are_refused():

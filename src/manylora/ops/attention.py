@@ -93,8 +93,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, logs = ctx.saved_tensors
         layout: Layout = ctx.layout
         grad = _flat(grad_outputs[0])
-        # Widened first: a product of two dtypes takes thrice the time, and one in bfloat16 rounds half as much again into
-        # the gradients of q and k.
+        # Widened first: a product of two dtypes takes thrice the time, and one in bfloat16 adds half of the gradients'
+        # other rounding.
         dots = (grad.to(logs.dtype) * out.to(logs.dtype)).sum(dim=-1)
         make = torch.empty if layout.covers else torch.zeros
         flat = [_flat(part) for part in (q, k, v)]

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 TILE_POSITIONS = 512
 """Positions that share a tile: as fast as any number above, and twice the arithmetic for each weight that is read."""
-TILE_ELEMENTS = 1 << 20
+TILE_ELEMENTS = 3 << 18
 """Logits of a tile, positions x tokens of the vocabulary: it should stay in a processor's cache."""
 TILE_STEP = 64
 """A tile's tokens come in multiples of it, so that its rows are aligned."""
@@ -70,11 +70,18 @@ def _sweep(states: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, 
     top = torch.full((count, 1), torch.finfo(wide).min, dtype=wide, device=states.device)
     total, own = torch.zeros_like(top), torch.zeros_like(top)
     pull = torch.zeros(states.shape if gradient is not None else (0,), dtype=wide, device=states.device)
+    # One buffer for all tiles, since memory that is given back and taken again is faulted in again.
+    space = states.new_empty(count * min(width, len(weight)))
+    wide_space = space if space.dtype == wide else torch.empty_like(space, dtype=wide)
     for start in range(0, len(weight), width):
         rows = weight[start : start + width]
-        logits = functional.linear(states, rows, None if bias is None else bias[start : start + width])
+        logits, shares = (given[: count * len(rows)].view(count, -1) for given in (space, wide_space))
+        if bias is None:
+            torch.mm(states, rows.t(), out=logits)
+        else:
+            torch.addmm(bias[start : start + width], states, rows.t(), out=logits)
         before, top = top, torch.maximum(top, logits.amax(dim=1, keepdim=True))
-        shares = logits.to(wide)
+        shares.copy_(logits)
         # No selection by a mask: its size would have to be known, and an accelerator would wait for it.
         column = (labels - start).clamp(0, len(rows) - 1)
         here = column + start == labels
