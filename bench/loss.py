@@ -2,13 +2,15 @@
 
     OMP_WAIT_POLICY=PASSIVE python bench/loss.py
 
-Threads that spin at a barrier take the core from the one that they wait for, where anything else runs on the machine;
-whoever has many short products then pays most, so they are told to sleep. Training asks for the nats of each supervised position and for their gradient with respect to the hidden states. `ours`
+Training asks for the nats of each supervised position and for their gradient with respect to the hidden states. `ours`
 is the call that training makes. `naive` is `cross_entropy(linear(h, W).float(), y)`. `recomputed` computes chunks of
 logits in the forward and again in the backward, under torch's checkpoint. `torch` is `linear_cross_entropy` in chunks,
 as its options come. First each is compared with autograd in float64. Then they take turns, forward and backward. The
 memory is the peak of a fresh process over what it holds before, so input and weight are not in it; `share` is that over
 the bytes of all logits in float32. Writes bench/results/loss.json, and ends with an error where a bound is not kept.
+
+Threads that spin at a barrier take the core from the one that they wait for, where anything else runs on the machine,
+and many short products then cost more than few long ones: so they are told to sleep, for all that is compared.
 """
 
 from __future__ import annotations
@@ -60,8 +62,8 @@ def main() -> None:
     if asked.peak:
         print(peak_of(*asked.peak))
         return
-    figures: dict[str, Any] = {"threads": asked.threads, "wait": os.environ.get("OMP_WAIT_POLICY", "as it comes"), "bounds": BOUNDS,
-                               "errors": errors()}  # fmt: skip
+    wait = os.environ.get("OMP_WAIT_POLICY", "as it comes")
+    figures: dict[str, Any] = {"threads": asked.threads, "wait": wait, "bounds": BOUNDS, "errors": errors()}
     for name in asked.cases:
         peaks, seconds = memory(name, asked.threads), speeds(name, asked.rounds)
         sizes = dict(zip(("vocabulary", "width", "positions", "dtype"), CASES[name], strict=True))
