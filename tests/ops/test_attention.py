@@ -297,6 +297,17 @@ def packed_batch(base: LanguageBase, lengths: list[list[int]]):
     return collate(rows, width=64, pad_id=base.pad_id, packing=base.packing, causal=base.causal, slots=[-1] * len(rows))
 
 
+@pytest.fixture
+def base(base: LanguageBase) -> LanguageBase:
+    """The small base of all tests, on torch's own attention again."""
+    return with_torchs(base)
+
+
+def with_torchs(base: LanguageBase) -> LanguageBase:
+    base.model.set_attn_implementation("sdpa")
+    return base
+
+
 def packed_states(base: LanguageBase):
     """What a base may hand to `use_attention`: its states of a row of two sequences."""
     tokens = torch.arange(2, 18).reshape(1, 16)
@@ -349,7 +360,7 @@ def encoder() -> LanguageBase:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                         intermediate_size=48, max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
-    return LanguageBase(BertForMaskedLM(config))
+    return with_torchs(LanguageBase(BertForMaskedLM(config)))
 
 
 def test_an_encoders_own_mask_is_read_once_for_all_layers(monkeypatch):

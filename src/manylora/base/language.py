@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from manylora.base.frozen import FrozenModel
-from manylora.base.probes import RowRules, probe_rows
+from manylora.base.probes import RowRules, packed_inputs, probe_rows
 from manylora.base.tokenizer import template_digest, tokenizer_digest
+from manylora.ops.attention_model import use_attention
 from manylora.ops.dropout import mix
 from manylora.ops.positions import LINEAR_DTYPES, linear_nats, nats, values_and_gradient, with_gradient
 from manylora.types import IGNORED, Batch, Packing, Site
@@ -83,6 +84,8 @@ class LanguageBase(FrozenModel):
             self.max_positions -= self.rules.first_position or 0
         if self.post_head is None:
             self.notes.append("the model's own logits are taken whole: no known map after its head reproduces them")
+        if self.device.type == "cpu":
+            self.notes.append(use_attention(self.model, self._packed_states))
 
     @property
     def packing(self) -> Packing:
@@ -155,6 +158,12 @@ class LanguageBase(FrozenModel):
         if self._padding is not None:
             tokens[tokens == self._padding] = (self._padding + 1) % self.vocabulary
         return tokens.to(self.device)
+
+    def _packed_states(self) -> Tensor:
+        """States of a row of two sequences, or of one where rows hold no more."""
+        tokens = self._draw(1, 16)
+        inputs = packed_inputs(tokens, (7, 9) if self.packs else (16,), self.rules)
+        return self._probe(self.rules, inputs)
 
     def _probe(self, rules: RowRules, inputs: Mapping[str, Tensor]) -> Tensor:
         return self._states(rules, inputs).double()
