@@ -222,6 +222,15 @@ def test_values_come_with_the_gradient_of_the_one_output_that_has_one():
     assert constant[1:] == (None, None)
 
 
+def test_hooks_on_what_waits_for_backward_do_not_see_a_graph_that_is_gone():
+    """They count what a step holds, or move it to another place."""
+    hidden, labels, weight, _ = drawn(12, 12)
+    seen: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda tensor: tensor):
+        values_and_gradient(lambda states: nats(states @ weight.t(), labels), hidden)
+    assert seen == []
+
+
 # -- behind a base -----------------------------------------------------------------------------------------------------
 
 SIZES = {"vocab_size": 61, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -325,7 +334,11 @@ def test_an_adapter_on_the_head_has_its_gradients_where_it_is_used(base, slots):
     batch = Batch(inputs=batch.inputs, targets=batch.targets, slots=slots)
     states.requires_grad_()
     with bank.route(slots):
-        LanguageOutputs(base, states, batch).map_supervised(batch.targets["labels"], nats)["nats"].sum().backward()
+        with Watch() as watch:
+            LanguageOutputs(base, states, batch).map_supervised(batch.targets["labels"], nats)["nats"].sum().backward()
+        count = int(batch.targets["labels"].ne(IGNORED).sum())
+        constant = watch.multiplications == 2 * count * WIDTH * base.vocabulary
+        assert constant == (0 not in slots)
         got = [states.grad, *(tensor.grad for tensor in stack.tensors.values())]
         logits = base.logits(states).flatten(0, 1)
     loss = functional.cross_entropy(logits, batch.targets["labels"].flatten(), reduction="sum", ignore_index=IGNORED)
@@ -364,17 +377,27 @@ def test_a_batch_that_supervises_nothing_sums_to_zero(base, fn):
     assert all(torch.equal(value, torch.zeros(4).double()) and not value.requires_grad for value in sums.values())
 
 
-def test_a_model_whose_own_logits_are_taken_keeps_no_second_copy_of_them(monkeypatch, base):
-    """Its states are logits: a gradient of their size for each position would stay until backward."""
+def test_a_linear_head_needs_no_chunk_of_logits(monkeypatch, base):
+    monkeypatch.setattr(language, "CHUNK_ELEMENTS", 1 << 22)
+    batch, states = asked(base)
+    count = int(batch.targets["labels"].ne(IGNORED).sum())
+    assert count * base.vocabulary > states.numel()
+    with Watch() as watch:
+        mapped(base, batch, states, nats)
+    assert (watch.numel >= count * base.vocabulary) == (base.post_head == "softcap")
+
+
+@pytest.mark.parametrize("fn", [nats, nats_and_more])
+def test_a_model_whose_own_logits_are_taken_keeps_one_gradient_of_them(monkeypatch, base, fn):
     monkeypatch.setattr(base, "post_head", None)
     monkeypatch.setattr(base, "_post", None)
+    base.head.requires_grad_()  # it lies before the states
     batch, _ = asked(base)
-    states = torch.randn(4, 9, base.vocabulary, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(4, 9, base.vocabulary, dtype=torch.float64)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        sums = LanguageOutputs(base, states, batch).map_supervised(batch.targets["labels"], nats)
+        sums, gradient, _ = mapped(base, batch, states, fn)
     count = int(batch.targets["labels"].ne(IGNORED).sum())
-    assert {tuple(tensor.shape) for tensor in kept if tensor.numel() > states[0].numel()} <= {(count, base.vocabulary)}
-    sums["nats"].sum().backward()
-    assert states.grad is not None
-    assert states.grad[1].eq(0).all()
+    large = [tensor.shape for tensor in kept if tensor.numel() > base.vocabulary]
+    assert large == [(count, base.vocabulary)]
+    torch.testing.assert_close((sums, gradient), plain(base, batch, states, fn))

@@ -228,14 +228,16 @@ class LanguageOutputs:
         return _joined([self._run(*given, fn) for given in _each(hidden, labels, grouped)])
 
     def _head_is_constant(self, hidden: Tensor, counts: list[int]) -> bool:
-        """Whether logits are a function of the states alone, made by a head whose own numbers want no gradient."""
-        head, bank = self.base.head, self.base.bank
-        if head is None or self.base.post_head is None or any(p.requires_grad for p in head.parameters()):
+        """Whether logits are a function of the states alone, and nothing else between the two wants a gradient."""
+        head, bank, site = self.base.head, self.base.bank, self._head_site
+        if head is None or self.base.post_head is None:
+            return True  # the states are the model's own logits
+        if any(parameter.requires_grad for parameter in head.parameters()):
             return False
-        if bank is None or self.route is None or self._head_site is None:
+        if bank is None or self.route is None or site is None:
             return bank is None
         with bank.route(type(self.route)(self.route.slots, self.route.streams, tuple(counts))):
-            return not bank.uses(self._head_site, hidden)
+            return not bank.uses(site, hidden)
 
     @property
     def _head_site(self) -> Site | None:
@@ -267,20 +269,21 @@ class LanguageOutputs:
     ) -> Mapping[str, Tensor] | None:
         """The values, with the gradient of the one that has one; None where several have one."""
         found: list[dict[str, Tensor]] = []
-        gradients: list[Tensor] = []
+        gradients = torch.empty_like(hidden)
         trained: str | None = None
+        begin = 0
         for part, wanted, pieces in _each(hidden, labels, grouped):
             made = values_and_gradient(partial(self._run, labels=wanted, pieces=pieces, fn=fn), part)
             if made is None:
                 return None
-            values, name, gradient = made
+            values, trained, gradient = made
             found.append(values)
-            if name is not None and gradient is not None:
-                trained = name
-                gradients.append(gradient)
+            if gradient is not None:
+                gradients[begin : begin + len(part)] = gradient
+            begin += len(part)
         joined = _joined(found)
         if trained is not None:
-            joined[trained] = with_gradient(joined[trained], hidden, torch.cat(gradients))
+            joined[trained] = with_gradient(joined[trained], hidden, gradients)
         return joined
 
     def _route_of(self, pieces: list[tuple[int, int, int]]) -> Callable:

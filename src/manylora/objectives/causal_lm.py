@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from manylora.ops.positions import nats
 from manylora.types import IGNORED, Batch, Outputs, RowTotals
 
 
@@ -16,12 +16,8 @@ class CausalLm:
         return batch.targets["labels"].ne(IGNORED).sum(dim=1).to(torch.float64)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals:
-        sums = outputs.map_supervised(batch.targets["labels"], _nats)
+        sums = outputs.map_supervised(batch.targets["labels"], nats)
         return RowTotals(sums["nats"])
-
-
-def _nats(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    return {"nats": functional.cross_entropy(logits, labels, reduction="none")}
 
 
 CAUSAL_LM = CausalLm()
