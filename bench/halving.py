@@ -24,8 +24,8 @@ from results import write_result
 
 from manylora.config import load_config
 from manylora.data.demo import demo_data_folder
-from manylora.sweep.board import Board
-from manylora.sweep.run import sweep
+from manylora.sweeps.board import Board
+from manylora.sweeps.run import sweep
 
 SPACE = {
     "train.learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},

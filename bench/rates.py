@@ -23,8 +23,8 @@ from results import write_result
 
 from manylora.config import load_config
 from manylora.data.demo import demo_data_folder
-from manylora.sweep.board import Board
-from manylora.sweep.run import sweep
+from manylora.sweeps.board import Board
+from manylora.sweeps.run import sweep
 from manylora.training.rates import auto_rate
 
 RANKS = (4, 16, 64)

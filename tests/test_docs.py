@@ -15,9 +15,9 @@ import yaml
 
 from manylora.cli.app import run
 from manylora.config import load_config
-from manylora.sweep.search import Search
-from manylora.sweep.space import parse_space
-from manylora.sweep.trials import Trials
+from manylora.sweeps.search import Search
+from manylora.sweeps.space import parse_space
+from manylora.sweeps.trials import Trials
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from manylora.spec import AdapterSpec
     from manylora.training.run import Result
 
-# Now, so that the package of this name is not put over the function below when a part of it is imported first.
-importlib.import_module("manylora.sweep")
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -124,7 +121,7 @@ def sweep(
     Raises:
         UserError: a mistake in the configuration, the data or the base; the message says what to change.
     """
-    from manylora.sweep.run import sweep as run_sweep
+    from manylora.sweeps.run import sweep as run_sweep
 
     made, objects = _handed(config, overrides, {"base": base, "data.train": train_data, "data.eval": eval_data})
     return run_sweep(made, resume=resume, objects=objects, use_cache=use_cache)

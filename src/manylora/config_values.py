@@ -21,9 +21,9 @@ TABLES = MappingProxyType(
         "schedule": ("manylora.training.schedule", "SCHEDULES"),
         "optimizer": ("manylora.training.optim", "OPTIMIZERS"),
         "track": ("manylora.training.trackers", "TRACKERS"),
-        "search": ("manylora.sweep.searches", "SEARCHES"),
-        "stopping rule": ("manylora.sweep.stopping", "RULES"),
-        "engine": ("manylora.sweep.engines", "ENGINES"),
+        "search": ("manylora.sweeps.searches", "SEARCHES"),
+        "stopping rule": ("manylora.sweeps.stopping", "RULES"),
+        "engine": ("manylora.sweeps.engines", "ENGINES"),
     }
 )
 

@@ -83,7 +83,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "sweep.stop.rule": ("successive-halving", {}),
     "sweep.stop.reduction": (2, {"sweep.stop.rule": "successive-halving"}),
     "sweep.stop.first_share": (0.75, {"sweep.stop.rule": "successive-halving"}),
-    "sweep.stop.min_reports": (1, {"sweep.stop.rule": "median"}),
+    "sweep.stop.min_reports": (1, {"sweep.stop.rule": "median", "train.steps": 24}),
     "sweep.concurrent": (1, {}),
     "sweep.repeats": (2, {}),
     "sweep.folds": (3, {"sweep.folds": 2, "data.eval": None}),

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import manylora as library
 from manylora.config import load_config
 from manylora.errors import ConfigError
-from manylora.sweep.find_rate import CLOSE, choose, find_rate, grid, short, short_steps
+from manylora.sweeps.find_rate import CLOSE, choose, find_rate, grid, short, short_steps
 
 FOLDER = "run-find-lr"
 

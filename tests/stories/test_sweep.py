@@ -525,9 +525,3 @@ def test_a_sweep_from_python_takes_objects(tiny_base_folder, tmp_path) -> None:
     assert result.run == tmp_path / "objects"
     assert result.summary["winner"]["loss"] == pytest.approx(result.summary["eval"]["loss"], rel=1e-5)
     shutil.rmtree(tmp_path / "objects")
-
-
-def test_the_function_stands_whatever_is_imported_first() -> None:
-    for words in ("import manylora, manylora.sweep.run", "import manylora.sweep.space, manylora"):
-        code = f"{words}\nassert manylora.sweep.__doc__.startswith('The run folder'), manylora.sweep"
-        subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from manylora.sweep.board import TOP, Board
-from manylora.sweep.leaderboard import Entry
+from manylora.sweeps.board import TOP, Board
+from manylora.sweeps.leaderboard import Entry
 from manylora.training.console import Progress
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from manylora.config import load_config
 from manylora.errors import ConfigError
-from manylora.sweep.director import Director
-from manylora.sweep.search import Search
-from manylora.sweep.space import parse_space
-from manylora.sweep.stopping import RULES, StopSettings
-from manylora.sweep.trials import Trials, levels_of
+from manylora.sweeps.director import Director
+from manylora.sweeps.search import Search
+from manylora.sweeps.space import parse_space
+from manylora.sweeps.stopping import RULES, StopSettings
+from manylora.sweeps.trials import Trials, levels_of
 from manylora.training.source import Ending, Order, Report
 
 FULL = 900
@@ -288,6 +288,6 @@ def test_a_budget_too_small_for_the_levels_says_so(steps: int) -> None:
 
 
 def test_directing_needs_no_torch() -> None:
-    code = "import sys, manylora.sweep.director; print('torch' in sys.modules)"
+    code = "import sys, manylora.sweeps.director; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from manylora.config_text import dump_inline
-from manylora.sweep.leaderboard import (
+from manylora.sweeps.leaderboard import (
     Entry,
     ended_lines,
     ranked,
@@ -162,7 +162,7 @@ def test_a_trial_that_ends_is_told_once_with_place_values_and_reason_on_one_line
 
 def test_leaderboard_board_and_report_do_not_import_torch():
     program = (
-        "import sys, manylora.sweep.leaderboard, manylora.sweep.board, manylora.sweep.report\n"
+        "import sys, manylora.sweeps.leaderboard, manylora.sweeps.board, manylora.sweeps.report\n"
         "print([name for name in ('torch', 'optuna', 'rich') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

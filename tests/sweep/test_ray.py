@@ -25,17 +25,17 @@ from hypothesis import strategies as st
 
 from manylora.config import Config, load_config
 from manylora.errors import ConfigError
-from manylora.sweep.board import Board
-from manylora.sweep.director import Director
-from manylora.sweep.engines import ray as engine
-from manylora.sweep.engines.ray_hub import Answer, Handout, Hub, Journal, State
-from manylora.sweep.engines.ray_shelf import DiskShelf
-from manylora.sweep.engines.ray_worker import Post, Proxy
-from manylora.sweep.run import sweep
-from manylora.sweep.search import Search
-from manylora.sweep.space import parse_space
-from manylora.sweep.stopping import RULES, StopSettings
-from manylora.sweep.trials import Trials, levels_of
+from manylora.sweeps.board import Board
+from manylora.sweeps.director import Director
+from manylora.sweeps.engines import ray as engine
+from manylora.sweeps.engines.ray_hub import Answer, Handout, Hub, Journal, State
+from manylora.sweeps.engines.ray_shelf import DiskShelf
+from manylora.sweeps.engines.ray_worker import Post, Proxy
+from manylora.sweeps.run import sweep
+from manylora.sweeps.search import Search
+from manylora.sweeps.space import parse_space
+from manylora.sweeps.stopping import RULES, StopSettings
+from manylora.sweeps.trials import Trials, levels_of
 from manylora.training.checkpoint import Checkpoints, Kept
 from manylora.training.events import EventLog, read_events
 from manylora.training.source import Ending, Order, Report
@@ -54,7 +54,7 @@ def direct(stop: str, repeats: int = 1) -> Director:
     trials = Trials(load_config(values), parsed)
     search = Search("grid", parsed, seed=0, num_trials=None, storage=None, study_name="s")
     rule = RULES.get(stop)(search.num_trials, StopSettings())
-    trials.levels = levels_of(rule.shares, FULL_STEPS * TOKENS)
+    trials.levels = levels_of(rule.shares, FULL_STEPS * TOKENS, FULL_STEPS)
     return Director(trials, search, rule)
 
 
@@ -474,7 +474,7 @@ def test_no_cluster_at_the_address_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_hub_needs_no_torch() -> None:
-    code = "import sys, manylora.sweep.engines.ray_hub; print('torch' in sys.modules)"
+    code = "import sys, manylora.sweeps.engines.ray_hub; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 

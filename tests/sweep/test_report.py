@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.sweep.charts import HEIGHT, WIDTH, MemberCurve, importance_bars, member_curves, spread_chart
-from manylora.sweep.leaderboard import Entry, ranked
-from manylora.sweep.parallel import axis_of, parallel_coordinates
-from manylora.sweep.report import write_report
-from manylora.sweep.shades import fence, mark
+from manylora.sweeps.charts import HEIGHT, WIDTH, MemberCurve, importance_bars, member_curves, spread_chart
+from manylora.sweeps.leaderboard import Entry, ranked
+from manylora.sweeps.parallel import axis_of, parallel_coordinates
+from manylora.sweeps.report import write_report
+from manylora.sweeps.shades import fence, mark
 from manylora.training import report as plain_report
 from manylora.training.charts import BOTTOM, LEFT, RIGHT, TOP
 from manylora.training.events import EventLog

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manylora.errors import CheckpointBroken, ConfigError, UnknownName
-from manylora.sweep.search import Search
-from manylora.sweep.searches import SEARCHES
-from manylora.sweep.searches.grid import shuffled
-from manylora.sweep.searches.tpe import num_random
-from manylora.sweep.space import parse_space
+from manylora.sweeps.search import Search
+from manylora.sweeps.searches import SEARCHES
+from manylora.sweeps.searches.grid import shuffled
+from manylora.sweeps.searches.tpe import num_random
+from manylora.sweeps.space import parse_space
 
 SPACE: dict[str, Any] = {
     "adapter.rank": [4, 8, 16, 64],
@@ -119,7 +119,7 @@ def test_a_lock_left_by_a_killed_process_does_not_hold_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("manylora.sweep.search.LOCK_SECONDS", 3)
+    monkeypatch.setattr("manylora.sweeps.search.LOCK_SECONDS", 3)
     search_of("random", Path("optuna.log")).propose(0)
     Path("optuna.log.lock").touch()
     began = time.monotonic()

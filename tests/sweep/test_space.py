@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from manylora import config_text
 from manylora.errors import ConfigError
-from manylora.sweep.search import Search
-from manylora.sweep.space import Choices, Range, Space, parse_space
+from manylora.sweeps.search import Search
+from manylora.sweeps.space import Choices, Range, Space, parse_space
 
 
 def values_of(space: Space, name: str, num_trials: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ def test_two_spaces_with_the_same_description_are_the_same() -> None:
 def test_spaces_and_rules_import_neither_torch_nor_optuna_and_searches_no_torch() -> None:
     code = (
         "import sys\n"
-        "from manylora.sweep import space, stopping, searches, search\n"
+        "from manylora.sweeps import space, stopping, searches, search\n"
         "space.parse_space({'k': [1]}).size\n"
         "for name in stopping.RULES: stopping.RULES.get(name)\n"
         "assert not {'torch', 'optuna', 'numpy'} & set(sys.modules), sorted(sys.modules)\n"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora.errors import ConfigError, UnknownName
-from manylora.sweep.stopping import RULES, Rule, StopSettings, Verdict, settings_of
+from manylora.sweeps.stopping import RULES, Rule, StopSettings, Verdict, settings_of
 
 PROMOTING = ["successive-halving", "asha"]
 JUDGING = ["median", *PROMOTING]

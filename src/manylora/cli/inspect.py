@@ -199,7 +199,7 @@ def _factors(name: str, tensors: Any) -> dict[str, Any]:
 
 def _sweep_facts(told: dict[str, Any]) -> dict[str, Any]:
     """What sweep.json says of a run that is a sweep."""
-    from manylora.sweep.leaderboard import Entry, ranked, tally, values_text
+    from manylora.sweeps.leaderboard import Entry, ranked, tally, values_text
 
     entries = ranked(map(Entry.from_dict, told["entries"]))
     best = next((entry for entry in entries if entry.loss is not None), None)

@@ -34,8 +34,8 @@ def sweep(
     member's adapter, the leaderboard, a report, and the winner in adapters/best.
     """
     from manylora.config import load_config
-    from manylora.sweep.board import Board
-    from manylora.sweep.run import sweep as run_sweep
+    from manylora.sweeps.board import Board
+    from manylora.sweeps.run import sweep as run_sweep
 
     output = Output(as_json)
     result = run_sweep(load_config(config, overrides or ()), resume=resume, board=Board(), use_cache=use_cache)
@@ -45,8 +45,8 @@ def sweep(
 
 def show_sweep(output: Output, run: Path, summary: Mapping) -> None:
     """Print the leaderboard, what the winner reached, and where things are."""
-    from manylora.sweep.leaderboard import Entry, table_lines, values_text
-    from manylora.sweep.ledger import SWEEP_FILE, tokens_saved
+    from manylora.sweeps.leaderboard import Entry, table_lines, values_text
+    from manylora.sweeps.ledger import SWEEP_FILE, tokens_saved
 
     told = json.loads((run / SWEEP_FILE).read_text(encoding="utf-8"))
     for line in table_lines([Entry.from_dict(entry) for entry in told["entries"]]):

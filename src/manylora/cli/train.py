@@ -14,7 +14,7 @@ from manylora.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from manylora.sweep.find_rate import Found
+    from manylora.sweeps.find_rate import Found
 
 
 def train(
@@ -54,8 +54,8 @@ def train(
 
     made, found = load_config(config, overrides or ()), {}
     if find_lr:
-        from manylora.sweep.board import Board
-        from manylora.sweep.find_rate import find_rate
+        from manylora.sweeps.board import Board
+        from manylora.sweeps.find_rate import find_rate
 
         made, rates = find_rate(made, resume=resume, board=Board(), use_cache=use_cache)
         show_rates(output, rates)

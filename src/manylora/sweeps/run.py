@@ -11,15 +11,15 @@ from manylora.adapters.adapter import Adapter
 from manylora.config import Config, StopConfig
 from manylora.errors import ConfigError, NonFiniteLoss
 from manylora.files import write_folder_atomic, write_json_atomic
-from manylora.sweep.board import Board
-from manylora.sweep.director import Director
-from manylora.sweep.engines import ENGINES
-from manylora.sweep.ledger import Ledger
-from manylora.sweep.report import write_report
-from manylora.sweep.search import Search
-from manylora.sweep.space import parse_space
-from manylora.sweep.stopping import RULES, settings_of
-from manylora.sweep.trials import Trials, levels_of
+from manylora.sweeps.board import Board
+from manylora.sweeps.director import Director
+from manylora.sweeps.engines import ENGINES
+from manylora.sweeps.ledger import Ledger
+from manylora.sweeps.report import write_report
+from manylora.sweeps.search import Search
+from manylora.sweeps.space import parse_space
+from manylora.sweeps.stopping import RULES, settings_of
+from manylora.sweeps.trials import Trials, levels_of
 from manylora.training.folder import RunFolder
 from manylora.training.memory import peak_bytes
 from manylora.training.prepare import Stock

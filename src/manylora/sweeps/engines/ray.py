@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, UserError
-from manylora.sweep.engines import Engine
-from manylora.sweep.engines.ray_hub import FILE_NAME, Hub, Journal
-from manylora.sweep.engines.ray_shelf import DiskShelf
-from manylora.sweep.engines.ray_worker import Task, Worker
+from manylora.sweeps.engines import Engine
+from manylora.sweeps.engines.ray_hub import FILE_NAME, Hub, Journal
+from manylora.sweeps.engines.ray_shelf import DiskShelf
+from manylora.sweeps.engines.ray_worker import Task, Worker
 from manylora.training.events import EventLog, read_events
 from manylora.training.run import interruptible
 from manylora.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from manylora.config import Config
-    from manylora.sweep.director import Director
-    from manylora.sweep.ledger import Ledger
+    from manylora.sweeps.director import Director
+    from manylora.sweeps.ledger import Ledger
     from manylora.training.folder import RunFolder
     from manylora.training.prepare import Stock
 

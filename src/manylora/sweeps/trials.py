@@ -8,7 +8,7 @@ from typing import Any
 
 from manylora.config import Config, load_config
 from manylora.errors import ConfigError, UserError
-from manylora.sweep.space import Choices, Space
+from manylora.sweeps.space import Choices, Space
 
 SHARED = "all members of a sweep stand on one base: run one sweep for each"
 COMPARED = "trials are compared on the same held-out rows"

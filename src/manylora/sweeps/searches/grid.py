@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from manylora.errors import ConfigError
-from manylora.sweep.searches import Question
-from manylora.sweep.space import Range, Space
+from manylora.sweeps.searches import Question
+from manylora.sweeps.space import Range, Space
 
 
 def propose(question: Question) -> dict[str, Any]:

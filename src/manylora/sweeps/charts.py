@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from manylora.sweep.leaderboard import Entry, finite
-from manylora.sweep.shades import fence, hover_line, mark
+from manylora.sweeps.leaderboard import Entry, finite
+from manylora.sweeps.shades import fence, hover_line, mark
 from manylora.training.charts import (
     BOTTOM,
     LEFT,

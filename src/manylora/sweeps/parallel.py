@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any
 
 from manylora.config_text import dump_inline
-from manylora.sweep.leaderboard import Entry, finite, searched_keys, short, short_names, values_text
-from manylora.sweep.shades import fence, hover_line, mark
+from manylora.sweeps.leaderboard import Entry, finite, searched_keys, short, short_names, values_text
+from manylora.sweeps.shades import fence, hover_line, mark
 from manylora.training.charts import round_ticks, short_number
 
 LOSS = "eval loss"

@@ -15,10 +15,10 @@ from typing import Any
 
 from manylora.config import Config
 from manylora.errors import ConfigError
-from manylora.sweep.leaderboard import Entry, State, ranked
-from manylora.sweep.search import Search
-from manylora.sweep.stopping.rule import Rule
-from manylora.sweep.trials import Trials
+from manylora.sweeps.leaderboard import Entry, State, ranked
+from manylora.sweeps.search import Search
+from manylora.sweeps.stopping.rule import Rule
+from manylora.sweeps.trials import Trials
 from manylora.training.source import Ending, Order, Report, Verdict
 
 

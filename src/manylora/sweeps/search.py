@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from manylora.errors import CheckpointBroken, ConfigError
-from manylora.sweep.searches import SEARCHES, Question
-from manylora.sweep.searches.grid import grid_axes, grid_size, point, shuffled
-from manylora.sweep.space import Range, Space
+from manylora.sweeps.searches import SEARCHES, Question
+from manylora.sweeps.searches.grid import grid_axes, grid_size, point, shuffled
+from manylora.sweeps.space import Range, Space
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from manylora.sweep.engines.ray_hub import State
+from manylora.sweeps.engines.ray_hub import State
 from manylora.training.checkpoint import Checkpoints
 
 

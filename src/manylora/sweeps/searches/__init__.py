@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from manylora.sweep.space import Space
+from manylora.sweeps.space import Space
 from manylora.table import Table
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ Proposer = Callable[[Question], dict[str, Any]]
 SEARCHES: Table[Proposer] = Table(
     "search",
     {
-        "grid": "manylora.sweep.searches.grid:propose",
-        "random": "manylora.sweep.searches.uniform:propose",
-        "tpe": "manylora.sweep.searches.tpe:propose",
+        "grid": "manylora.sweeps.searches.grid:propose",
+        "random": "manylora.sweeps.searches.uniform:propose",
+        "tpe": "manylora.sweeps.searches.tpe:propose",
     },
 )

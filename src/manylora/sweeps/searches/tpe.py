@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from manylora.sweep.searches import Question
+from manylora.sweeps.searches import Question
 
 MOST_RANDOM = 10
 """Trials that must have ended before the first is proposed from what they taught; until then they are drawn at random.

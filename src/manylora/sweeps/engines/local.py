@@ -8,15 +8,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from manylora.files import write_json_atomic
-from manylora.sweep.engines import Engine
-from manylora.sweep.room import Room, room_for
+from manylora.sweeps.engines import Engine
+from manylora.sweeps.room import Room, room_for
 from manylora.training.run import run_loop, save_member
 
 if TYPE_CHECKING:
     from manylora.adapters.adapter import Adapter
     from manylora.config import Config
-    from manylora.sweep.director import Director
-    from manylora.sweep.ledger import Ledger
+    from manylora.sweeps.director import Director
+    from manylora.sweeps.ledger import Ledger
     from manylora.training.folder import RunFolder
     from manylora.training.member import Member
     from manylora.training.prepare import Stock

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from manylora.sweep.stopping.ledger import Ledger
-from manylora.sweep.stopping.rule import StopSettings, Verdict, own_first_share, rising_shares
+from manylora.sweeps.stopping.ledger import Ledger
+from manylora.sweeps.stopping.rule import StopSettings, Verdict, own_first_share, rising_shares
 
 
 class SuccessiveHalving:

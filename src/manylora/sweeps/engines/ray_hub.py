@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from manylora.config import Config
 from manylora.files import raise_if_full
-from manylora.sweep.director import Director
+from manylora.sweeps.director import Director
 from manylora.training.source import Ending, Order, Report, Verdict
 
 if TYPE_CHECKING:

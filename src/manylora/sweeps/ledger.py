@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.files import write_json_atomic
-from manylora.sweep.leaderboard import FILE_NAME, Entry, write_csv
+from manylora.sweeps.leaderboard import FILE_NAME, Entry, write_csv
 
 if TYPE_CHECKING:
     from manylora.config import SweepConfig
-    from manylora.sweep.board import Board
-    from manylora.sweep.director import Director
-    from manylora.sweep.search import Search
+    from manylora.sweeps.board import Board
+    from manylora.sweeps.director import Director
+    from manylora.sweeps.search import Search
     from manylora.training.events import EventLog
     from manylora.training.trackers import Trackers
 

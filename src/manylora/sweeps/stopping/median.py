@@ -9,8 +9,8 @@ from __future__ import annotations
 import statistics
 from typing import ClassVar
 
-from manylora.sweep.stopping.ledger import Ledger
-from manylora.sweep.stopping.rule import StopSettings, Verdict
+from manylora.sweeps.stopping.ledger import Ledger
+from manylora.sweeps.stopping.rule import StopSettings, Verdict
 
 STEP = 0.1
 """Levels lie a tenth of the budget apart."""

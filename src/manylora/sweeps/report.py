@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from manylora.sweep.charts import MemberCurve, importance_bars, member_curves, spread_chart
-from manylora.sweep.leaderboard import (
+from manylora.sweeps.charts import MemberCurve, importance_bars, member_curves, spread_chart
+from manylora.sweeps.leaderboard import (
     Entry,
     finite,
     metric_names,
@@ -20,9 +20,9 @@ from manylora.sweep.leaderboard import (
     tally,
     values_text,
 )
-from manylora.sweep.ledger import SWEEP_FILE
-from manylora.sweep.parallel import parallel_coordinates
-from manylora.sweep.shades import STYLE, key
+from manylora.sweeps.ledger import SWEEP_FILE
+from manylora.sweeps.parallel import parallel_coordinates
+from manylora.sweeps.shades import STYLE, key
 from manylora.training import report
 from manylora.training.charts import running_mean, short_number
 from manylora.training.console import duration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from manylora.sweep.stopping.rule import StopSettings, Verdict
+from manylora.sweeps.stopping.rule import StopSettings, Verdict
 
 
 class RunAll:

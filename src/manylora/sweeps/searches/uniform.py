@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from manylora.sweep.searches import Question
+from manylora.sweeps.searches import Question
 
 
 def propose(question: Question) -> dict[str, Any]:

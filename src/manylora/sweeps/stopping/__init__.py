@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from manylora.errors import ConfigError, nearest_names
-from manylora.sweep.stopping.rule import Rule, StopSettings, Verdict
+from manylora.sweeps.stopping.rule import Rule, StopSettings, Verdict
 from manylora.table import Table
 
 __all__ = ["RULES", "Rule", "StopSettings", "Verdict", "settings_of"]
@@ -15,10 +15,10 @@ __all__ = ["RULES", "Rule", "StopSettings", "Verdict", "settings_of"]
 RULES: Table[type[Rule]] = Table(
     "stopping rule",
     {
-        "none": "manylora.sweep.stopping.none:RunAll",
-        "median": "manylora.sweep.stopping.median:Median",
-        "successive-halving": "manylora.sweep.stopping.halving:SuccessiveHalving",
-        "asha": "manylora.sweep.stopping.asha:Asha",
+        "none": "manylora.sweeps.stopping.none:RunAll",
+        "median": "manylora.sweeps.stopping.median:Median",
+        "successive-halving": "manylora.sweeps.stopping.halving:SuccessiveHalving",
+        "asha": "manylora.sweeps.stopping.asha:Asha",
     },
 )
 

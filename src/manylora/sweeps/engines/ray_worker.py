@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, ManyloraError, NonFiniteLoss
-from manylora.sweep.engines.ray_hub import Answer, Handout
+from manylora.sweeps.engines.ray_hub import Answer, Handout
 from manylora.training.source import Ending, Order, Report, Verdict
 
 if TYPE_CHECKING:
     from manylora.adapters.adapter import Adapter
     from manylora.config import Config
-    from manylora.sweep.room import Room
+    from manylora.sweeps.room import Room
     from manylora.training.member import Member
     from manylora.training.prepare import Stock
 
@@ -191,7 +191,7 @@ def train(task: Task, post: Post) -> None:
     import torch
 
     from manylora.adapters.bank import Bank
-    from manylora.sweep.engines.local import hand_over
+    from manylora.sweeps.engines.local import hand_over
     from manylora.training.checkpoint import Checkpoints, Kept
     from manylora.training.folder import RunFolder
     from manylora.training.loop import Loop, LoopSettings
@@ -256,7 +256,7 @@ def _enter(home: Path) -> None:
 
 def _room(task: Task, stock: Stock) -> Room:
     """This worker's part of the fleet: of the machine's memory too, where all workers plan with the same."""
-    from manylora.sweep.room import Room, room_for
+    from manylora.sweeps.room import Room, room_for
 
     config, workers = task.config, task.num_workers
     sweep = config.sweep

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from manylora.sweep.stopping.rule import Verdict
+from manylora.sweeps.stopping.rule import Verdict
 
 
 class Ledger:

@@ -23,7 +23,7 @@ class Engine:
 ENGINES: Table[Engine] = Table(
     "engine",
     {
-        "local": "manylora.sweep.engines.local:LOCAL",
-        "ray": "manylora.sweep.engines.ray:RAY",
+        "local": "manylora.sweeps.engines.local:LOCAL",
+        "ray": "manylora.sweeps.engines.ray:RAY",
     },
 )
