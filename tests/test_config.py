@@ -307,3 +307,15 @@ def test_a_place_that_is_mistaken_is_refused_with_its_key(place, says):
     with pytest.raises(ConfigError) as caught:
         load_config(SMALLEST | {"data": {"train": [place]}})
     assert all(part in str(caught.value) for part in says), str(caught.value)
+
+
+def test_a_section_in_short_takes_further_keys(tmp_path):
+    path = write(
+        tmp_path, "base: b\ndata: {train: a}\noutput: o\nsweep: {space: {adapter.rank: [1, 2]}, stop: median}\n"
+    )
+    stop = load_config(path, ["sweep.stop.first_share=0.5"]).sweep.stop
+    assert (stop.rule, stop.first_share) == ("median", 0.5)
+    stop = load_config(path, ["sweep.stop=asha", "sweep.stop.reduction=4"]).sweep.stop
+    assert (stop.rule, stop.reduction) == ("asha", 4)
+    with pytest.raises(ConfigError, match=r"unknown key 'base\.folder'"):
+        load_config(path, ["base.folder=x"])

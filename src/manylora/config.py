@@ -420,6 +420,8 @@ def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str,
 _DATA_KEYS = frozenset({"data.train", "data.eval", "data.train.path", "data.eval.path"})
 # What a sweep varies: its keys have dots of their own, and each of its choices is a value of that key.
 _SPACE = "sweep.space."
+# Sections that may be written as one text, and the key that the text is.
+_SHORT = {"sweep.stop": "rule"}
 # Values that are paths, and so are read relative to the place where they are written.
 _PATH_KEYS = frozenset({"base", "output", "data.chat_template", "adapter.from"} | _DATA_KEYS)
 
@@ -451,6 +453,9 @@ def _laid_over(values: Mapping[str, Any], names: Sequence[str], value: Any, key:
     if not rest:
         return {**values, name: value}
     inner = values.get(name)
+    short = _SHORT.get(key.removesuffix("." + ".".join(rest)))
+    if short and isinstance(inner, str):
+        inner = {short: inner}
     if inner is not None and not isinstance(inner, Mapping):
         raise unknown_key(key, value, known_keys())
     return {**values, name: _laid_over(inner or {}, rest, value, key)}
