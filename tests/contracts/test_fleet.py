@@ -247,6 +247,7 @@ def test_a_member_with_no_room_waits_at_the_door_and_is_not_overtaken(tmp_path, 
     admitted = {e["member"]: e["tick"] for e in run.recorder.events if e["event"] == "admitted"}
     # "large" takes eight times as much: it begins when the fleet is empty, and "d" behind it when it has ended
     assert admitted == {"a": 0, "b": 0, "large": 4, "d": 9}
+    assert {stack.shape_class for stack in run.bank.stacks.values()} == {2}  # what has left holds nothing
     shutil.rmtree(tmp_path)
     killed_after(2, fresh())  # while "large" waits
     resumed = fresh()

@@ -219,6 +219,10 @@ class Loop:
         budget = self.settings.resident_bytes
         if budget is None:
             return True
+        for member in self.members.values():
+            if member.slot != -1 and member.state != "running":  # it has left, and its slot still holds it
+                self.bank.clear(member.slot)
+                member.slot = -1
         held = sum(self._bytes[member.name] for member in self.running)
         return admissible([arrival.bytes], budget - held, free_slots=1, resident=len(self.running)) == 1
 
