@@ -25,6 +25,10 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")
     ] = False,
+    concurrent: Annotated[
+        str | None,
+        typer.Option("--concurrent", metavar="N|auto", help="Members that train at once; as --set sweep.concurrent=N."),
+    ] = None,
     use_cache: UseCache = True,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +42,8 @@ def sweep(
     from manylora.sweeps.run import sweep as run_sweep
 
     output = Output(as_json)
-    result = run_sweep(load_config(config, overrides or ()), resume=resume, board=Board(), use_cache=use_cache)
+    asked = [*(overrides or ()), *([] if concurrent is None else [f"sweep.concurrent={concurrent}"])]
+    result = run_sweep(load_config(config, asked), resume=resume, board=Board(), use_cache=use_cache)
     show_sweep(output, result.run, result.summary)
     output.finish(result.summary)
 
