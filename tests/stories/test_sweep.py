@@ -139,8 +139,8 @@ def test_halving_keeps_a_third_at_each_level_and_stops_the_others_there(halved: 
 
 def test_a_step_that_spans_several_levels_is_judged_at_each(manylora, tiny_base_folder, tmp_path) -> None:
     path = write_sweep(
-        tmp_path, tiny_base_folder, RATES, sweep={"trials": 9, "stop": "successive-halving", "concurrent": 9},
-        train={"tokens": 60},
+        tmp_path, tiny_base_folder, {**RATES, "train.rows_per_step": [8]},
+        sweep={"trials": 9, "stop": "successive-halving", "concurrent": 9}, train={"tokens": 390, "rows_per_step": 1},
     )  # fmt: skip
     done = manylora("sweep", path)
     assert done.code == 0, done.err

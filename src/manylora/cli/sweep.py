@@ -32,7 +32,7 @@ def sweep(
     use_cache: UseCache = True,
     as_json: AsJson = False,
 ) -> None:
-    """Search for the best settings: many adapters train at once, the weak are stopped early.
+    """Train many adapters at once and keep the best.
 
     The section sweep of CONFIG says what varies; `manylora train --keys` lists its keys. The run folder holds every
     member's adapter, the leaderboard, a report, and the winner in adapters/best.
