@@ -28,6 +28,11 @@ Quantize = Annotated[
         "--quantize", help="Pack the base: nf4, fp4, int8, int4 or none. Default: as the adapter was trained."
     ),
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace one key; may be repeated. Paths: from here."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")]
 UseCache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Whether rows that were encoded before are taken from the cache.")
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manylora.cli.opened import UseCache
+from manylora.cli.opened import Overrides, Resume, UseCache
 from manylora.cli.output import AsJson, Output
 from manylora.cli.train import show_scores
 
@@ -18,13 +18,8 @@ if TYPE_CHECKING:
 
 def sweep(
     config: Annotated[Path, typer.Argument(help="A YAML file with a section sweep.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace one key; may be repeated. Paths: from here."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")
-    ] = False,
+    overrides: Overrides = None,
+    resume: Resume = False,
     concurrent: Annotated[
         str | None,
         typer.Option("--concurrent", metavar="N|auto", help="Members that train at once; as --set sweep.concurrent=N."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manylora.cli.opened import UseCache
+from manylora.cli.opened import Overrides, Resume, UseCache
 from manylora.cli.output import AsJson, Output
 from manylora.errors import ConfigError
 
@@ -21,13 +21,8 @@ def train(
     config: Annotated[
         Path | None, typer.Argument(help="A YAML file; also the config.yaml of a run.", show_default=False)
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Replace one key; may be repeated. Paths: from here."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint of the output folder.")
-    ] = False,
+    overrides: Overrides = None,
+    resume: Resume = False,
     find_lr: Annotated[
         bool, typer.Option("--find-lr", help="First try several learning rates for a few steps, and take the best.")
     ] = False,

@@ -128,8 +128,8 @@ class Director:
         own = self._of(trial)
         if all(one.ended for one in own):
             entry = self.entry(trial.number)
-            told = {"done": "done", "stopped": "stopped"}.get(entry.state, "failed")
-            self._search.tell(trial.number, entry.loss, told)  # pyright: ignore[reportArgumentType]
+            told = "done" if entry.state == "done" else "stopped" if entry.state == "stopped" else "failed"
+            self._search.tell(trial.number, entry.loss, told)
 
     def state(self) -> dict[str, Any]:
         return {"journal": self.journal}

@@ -79,13 +79,7 @@ class Ledger:
         self._log.write(name, **fields)
         if name in ("step", "eval"):
             self._director.seen(fields["member"], fields["tokens"], fields["loss"] if name == "eval" else None)
-            prefix = "" if name == "step" else "eval_"
-            numbers = {
-                prefix + key: value
-                for key, value in fields.items()
-                if key not in ("member", "step", "tick") and isinstance(value, int | float)
-            }
-            self._trackers.log(fields["member"], fields["step"], numbers)
+        self._trackers.event(name, fields)
         if name == "step":
             worker = fields.get("worker")  # ticks count in each
             tick, speed = self._now.get(worker, (fields["tick"], 0.0))

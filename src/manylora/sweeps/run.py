@@ -88,7 +88,7 @@ def sweep(
     likely = trials.possible(proposed, stock.data)
     engine = ENGINES.get(config.sweep.engine)
     engine.check(config)
-    for note in (*stock.notes, *notes):
+    for note in (*stock.new_notes(), *notes):
         board.note(note)
     folder.begin(config)
     folder.write_manifest(stock.base, stock.facts)

@@ -158,11 +158,6 @@ class Checkpoints:
             raise _broken(path, error) from error
         return progress, _read(path)
 
-    def forget(self) -> None:
-        """Remove what waits: the run is over."""
-        if self.waiting.is_dir():
-            shutil.rmtree(self.waiting)
-
     def _parked(self, member: str, step: int) -> Path:
         return self.waiting / f"{member}@{step}.safetensors"
 

@@ -184,6 +184,8 @@ class Loop:
         """Do what the source says until it has nothing more to say now, or the next member has no room yet."""
         admitted = False
         while True:
+            if self._arriving is not None and self.settings.resident_bytes is not None:
+                self._empty_left_slots()
             if self._arriving is not None and self._has_room(self._arriving):
                 self._admit(self._arriving)
                 admitted = True
@@ -219,12 +221,15 @@ class Loop:
         budget = self.settings.resident_bytes
         if budget is None:
             return True
-        for member in self.members.values():
-            if member.slot != -1 and member.state != "running":  # it has left, and its slot still holds it
-                self.bank.clear(member.slot)
-                member.slot = -1
         held = sum(self._bytes[member.name] for member in self.running)
         return admissible([arrival.bytes], budget - held, free_slots=1, resident=len(self.running)) == 1
+
+    def _empty_left_slots(self) -> None:
+        """Give back what slots still hold of members that have left: only those that run are counted."""
+        for member in self.members.values():
+            if member.slot != -1 and member.state != "running":
+                self.bank.clear(member.slot)
+                member.slot = -1
 
     def _made(self, name: str) -> tuple[Member, Adapter]:
         member, adapter = self.make(name)

@@ -39,7 +39,7 @@ class Stock:
     """What the members of a run share: the base, opened once, and their examples, each reading of the data made once.
 
     `objects` are the base and the data sets that a configuration names `python:NAME`. `facts` say where the rows come
-    from; `notes` are lines for the log, to which each new member adds what has not been said yet.
+    from; `new_notes` are lines for the log, to which each member adds what has not been said yet.
 
     Raises:
         UserError: whatever of the configuration cannot be had; no file has been written.
@@ -57,7 +57,8 @@ class Stock:
         self.base: Any = (
             _language_base(config, self._objects) if self.task.kinds else _module_base(config, self._objects)
         )
-        self.notes: list[str] = list(self.base.notes)
+        self._notes: list[str] = list(self.base.notes)
+        self._taken = 0
         if self.task.kinds and self.task.causal and not self.base.causal:
             raise ConfigError(
                 f"the task {config.task} learns to predict the next token, and in {self.base.name} a token sees the "
@@ -143,8 +144,13 @@ class Stock:
         asked = config.train.row_tokens
         return _row_tokens(asked, self.base) if self.task.kinds else (asked, [])
 
+    def new_notes(self) -> list[str]:
+        """What has been noted since this was last asked; each line once."""
+        new, self._taken = self._notes[self._taken :], len(self._notes)
+        return new
+
     def _say(self, lines: Sequence[str]) -> None:
-        self.notes += [line for line in lines if line not in self.notes]
+        self._notes += [line for line in lines if line not in self._notes]
 
 
 def _split_seed(config: Config) -> int:
@@ -206,10 +212,7 @@ def start_adapter(config: Config, base: FrozenModel) -> Adapter:
             f"adapter.from was trained on {adapter.base_name or 'another base'}, and base is {base.name}",
             next_step="set base to the one that the adapter's receipt.json names",
         )
-    own = config.adapter
-    defaults = type(own)()
-    given = {name for name in type(own).model_fields if getattr(own, name) != getattr(defaults, name)}
-    given -= {"from_", "dropout"}
+    given = config.adapter.model_fields_set - {"from_", "dropout"}
     if given:
         raise ConfigError(
             f"adapter.from continues an adapter as it is, and adapter.{sorted(given)[0]} is given too",

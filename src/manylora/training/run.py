@@ -51,12 +51,17 @@ class Result:
 class RunRecorder:
     """Sends what the loop says to `events.jsonl`, the trackers and the console."""
 
-    def __init__(self, log: EventLog, trackers: Trackers, console: Progress):
+    def __init__(self, log: EventLog, trackers: Trackers, console: Progress, total_steps: int):
         self._log, self._trackers, self._console = log, trackers, console
+        self._total_steps = total_steps
+        self._counting = False
 
     def event(self, name: str, **fields: Any) -> None:
         self._log.write(name, **fields)
         if name == "step":
+            if not self._counting:  # from where a resumed run goes on
+                self._counting = True
+                self._console.start(self._total_steps, done=fields["step"] - 1)
             self._console.step(
                 fields["step"],
                 loss=fields["loss"],
@@ -66,14 +71,7 @@ class RunRecorder:
         if name == "eval":
             loss, perplexity = fields["loss"], fields["perplexity"]
             self._console.note(f"step {fields['step']}  eval loss {loss:.4f}  perplexity {perplexity:.2f}")
-        if name in ("step", "eval"):
-            prefix = "" if name == "step" else "eval_"
-            numbers = {
-                prefix + key: value
-                for key, value in fields.items()
-                if key not in ("member", "step", "tick") and isinstance(value, int | float)
-            }
-            self._trackers.log(fields["member"], fields["step"], numbers)
+        self._trackers.event(name, fields)
 
     def note(self, text: str) -> None:
         self._console.note(text)
@@ -113,15 +111,11 @@ def train(
         return Result(folder.path, finished)
     stock = Stock(config, objects=objects, use_cache=use_cache)
     made = stock.member(config, MEMBER)
-    for note in stock.notes:
+    for note in stock.new_notes():
         console.note(note)
     folder.begin(config)
     folder.write_manifest(stock.base, stock.facts)
     began = time.perf_counter()
-
-    def recorder(log: EventLog, trackers: Trackers) -> Recorder:
-        console.start(made[0].recipe.last_step, done=made[0].step)
-        return RunRecorder(log, trackers, console)
 
     try:
         loop = run_loop(
@@ -129,7 +123,7 @@ def train(
             folder,
             Given([MEMBER]),
             lambda name: made,
-            recorder,
+            lambda log, trackers: RunRecorder(log, trackers, console, made[0].recipe.last_step),
             resume=resume,
             hand=lambda member, adapter: save_member(config, adapter, folder.adapter(member.name), stock.base),
         )

@@ -75,6 +75,17 @@ class Trackers:
         for name, tracker in list(self._open.items()):
             self._guard(name, lambda tracker=tracker: tracker.log(member, step, finite))
 
+    def event(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Send the numbers of a step or an evaluation, the latter's as `eval_...`; other events have no curve."""
+        if name in ("step", "eval"):
+            prefix = "" if name == "step" else "eval_"
+            numbers = {
+                prefix + key: value
+                for key, value in fields.items()
+                if key not in ("member", "step", "tick") and isinstance(value, int | float)
+            }
+            self.log(fields["member"], fields["step"], numbers)
+
     def close(self) -> None:
         """Close every tracker; harmless when called again."""
         for name, tracker in list(self._open.items()):

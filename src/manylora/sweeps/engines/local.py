@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from manylora.sweeps.director import Director
     from manylora.sweeps.ledger import Ledger
     from manylora.training.folder import RunFolder
+    from manylora.training.loop import Make
     from manylora.training.member import Member
     from manylora.training.prepare import Stock
 
@@ -39,29 +40,21 @@ def run(
     Raises:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written. UserError: see `training.loop.Loop`.
     """
-    said = len(stock.notes)
     # What memory held when the sweep began decides its batches to the end: it resumes to the same bytes.
-    kept = folder.path / ROOM_FILE
+    kept = folder.checkpoints / ROOM_FILE
     if resume and kept.is_file():
         room = Room(**json.loads(kept.read_text(encoding="utf-8")))
     else:
         room = room_for(config, stock, likely, director.num_trials)
+        folder.checkpoints.mkdir(exist_ok=True)
         write_json_atomic(kept, asdict(room))
-    for note in (*stock.notes[said:], room.reason):
+    for note in (*stock.new_notes(), room.reason):
         ledger.note(note)
-
-    def make(name: str) -> tuple[Member, Adapter]:
-        said = len(stock.notes)
-        made = stock.member(director.config(name), name)
-        for note in stock.notes[said:]:
-            ledger.note(note)
-        return made
-
     run_loop(
         stock,
         folder,
         director,
-        make,
+        maker(stock, director.config, ledger.note),
         ledger.open,
         hand=lambda member, adapter: hand_over(member, adapter, director.config(member.name), folder, stock),
         resume=resume,
@@ -69,6 +62,18 @@ def run(
         budget_tokens=room.budget_tokens,
         resident_bytes=room.resident_bytes,
     )
+
+
+def maker(stock: Stock, config_of: Callable[[str], Config], note: Callable[[str], None]) -> Make:
+    """What makes a loop's members by name, and notes what each brings that is new."""
+
+    def make(name: str) -> tuple[Member, Adapter]:
+        made = stock.member(config_of(name), name)
+        for line in stock.new_notes():
+            note(line)
+        return made
+
+    return make
 
 
 def hand_over(member: Member, adapter: Adapter, config: Config, folder: RunFolder, stock: Stock) -> None:

@@ -191,7 +191,8 @@ def train(task: Task, post: Post) -> None:
     import torch
 
     from manylora.adapters.bank import Bank
-    from manylora.sweeps.engines.local import hand_over
+    from manylora.ops.allocator import freed_memory_kept
+    from manylora.sweeps.engines.local import hand_over, maker
     from manylora.training.checkpoint import Checkpoints, Kept
     from manylora.training.folder import RunFolder
     from manylora.training.loop import Loop, LoopSettings
@@ -210,22 +211,14 @@ def train(task: Task, post: Post) -> None:
     stock = Stock(base, use_cache=task.use_cache)
     folder, kept = RunFolder(task.run), base.checkpoint
     checkpoints = Shared(folder.checkpoints / task.name, kept.keep, waiting=folder.checkpoints / "waiting")
-    said = len(stock.notes)
+    stock.new_notes()  # the driver has said the same of the base and the data
     room = _room(task, stock)
-    for note in stock.notes[said:]:
+    for note in stock.new_notes():
         proxy.note(note)
     where = f"{stock.base.device}, {task.num_threads} threads"
     proxy.note(f"{task.name} is process {os.getpid()} on {socket.gethostname()} ({where}): {room.reason}")
 
-    def make(name: str) -> tuple[Member, Adapter]:
-        said = len(stock.notes)
-        made = stock.member(proxy.config(name), name)
-        for note in stock.notes[said:]:
-            proxy.note(note)
-        return made
-
     def hand(member: Member, adapter: Adapter) -> None:
-        # All that it asks a director for is a member's configuration.
         hand_over(member, adapter, proxy.config(member.name), folder, stock)
 
     settings = LoopSettings(
@@ -234,7 +227,8 @@ def train(task: Task, post: Post) -> None:
         budget_tokens=room.budget_tokens,
         resident_bytes=room.resident_bytes,
     )
-    with Bank(stock.base, num_slots=room.num_slots):
+    make = maker(stock, proxy.config, proxy.note)
+    with Bank(stock.base, num_slots=room.num_slots), freed_memory_kept():
         loop = Loop(stock.base, proxy, make, proxy, checkpoints=checkpoints, settings=settings, hand=hand)
         loop.run(post.stop.is_set)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from manylora.sweeps.stopping.ledger import Ledger
+from manylora.sweeps.stopping.reports import Reports
 from manylora.sweeps.stopping.rule import StopSettings, Verdict, own_first_share, rising_shares
 
 
@@ -27,7 +27,7 @@ class Asha:
         first = settings.first_share or own_first_share(num_trials, settings.reduction)
         self.shares: tuple[float, ...] = rising_shares(first, settings.reduction) if first else ()
         self._reduction = settings.reduction
-        self._ledger = Ledger(num_trials, len(self.shares))
+        self._ledger = Reports(num_trials, len(self.shares))
 
     def report(self, trial: int, level: int, loss: float) -> None:
         self._ledger.report(trial, level, loss)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from typing import ClassVar
 
-from manylora.sweeps.stopping.ledger import Ledger
+from manylora.sweeps.stopping.reports import Reports
 from manylora.sweeps.stopping.rule import StopSettings, Verdict
 
 STEP = 0.1
@@ -32,7 +32,7 @@ class Median:
         shares = [round(first + STEP * level, 9) for level in range(10)]
         self.shares: tuple[float, ...] = tuple(share for share in shares if share < 1)
         self._min_reports = settings.min_reports
-        self._ledger = Ledger(num_trials, len(self.shares))
+        self._ledger = Reports(num_trials, len(self.shares))
 
     def report(self, trial: int, level: int, loss: float) -> None:
         self._ledger.report(trial, level, loss)

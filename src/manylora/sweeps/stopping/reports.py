@@ -7,7 +7,7 @@ import math
 from manylora.sweeps.stopping.rule import Verdict
 
 
-class Ledger:
+class Reports:
     """Losses by level and trial, and who was let go from each level or stopped."""
 
     def __init__(self, num_trials: int, num_levels: int):
