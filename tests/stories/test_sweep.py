@@ -249,18 +249,13 @@ def test_values_that_do_not_go_together_are_out_and_the_sweep_goes_on(manylora, 
     assert "train.accumulate is 4 and train.rows_per_step is 1" in done.err
 
 
-@pytest.mark.parametrize(
-    ("space", "words"),
-    [({"adapter.rank": [2, 1000]}, "rank 1000 is above"), ({"train.row_tokens": [64, 16]}, "the limit is 16")],
-)
-def test_a_value_that_only_the_base_or_the_data_refuse_costs_its_trials_alone(
-    manylora, tiny_base_folder, tmp_path, space, words
-) -> None:
+def test_values_that_the_base_refuses_together_cost_their_trials_alone(manylora, tiny_base_folder, tmp_path) -> None:
+    space = {"adapter.rank": [2, 32], "adapter.sites": [["all-linear"], ["k_proj"]]}
     path = write_sweep(tmp_path, tiny_base_folder, space, sweep={"search": "grid", "trials": None})
     done = manylora("sweep", path)
     assert done.code == 0, done.err
-    assert [row["state"] for row in leaderboard(tmp_path / "run")] == ["done", "retired"]
-    assert re.search(rf"trial-00\d cannot be trained: .*{words}", done.err)
+    assert sorted(row["state"] for row in leaderboard(tmp_path / "run")) == ["done", "done", "done", "retired"]
+    assert re.search(r"trial-00\d cannot be trained: .*rank 32 is above", done.err)
 
 
 def test_a_sweep_may_continue_different_adapters(manylora, tiny_base_folder, halved, tmp_path) -> None:
@@ -485,6 +480,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "a grid over a range": (RATES, {"sweep": {"search": "grid"}}, ("sweep.space.train.learning_rate", "num")),
     "levels of one's own": (RATES, {"evaluate": {"at_tokens": [20]}}, ("evaluate.at_tokens", "sweep.stop")),
     "a length of one's own": (RATES, {"train": {"stop_after": 2}}, ("train.stop_after", "sweep.stop")),
+    "a site that the base does not have": (
+        {"adapter.sites": [["q_proj"], ["v_prj"]]},
+        {},
+        ("sweep.space.adapter.sites, value ['v_prj']", "nearest: v_proj"),
+    ),
+    "a rank that no site holds": ({"adapter.rank": [2, 1000]}, {}, ("value 1000: rank 1000 is above",)),
+    "rows too short for the data": ({"train.row_tokens": [64, 16]}, {}, ("value 16", "the limit is 16")),
     "nothing but impossible values": ({"train.row_tokens": [8, 9]}, {}, ("row_tokens",)),
 }
 

@@ -54,28 +54,8 @@ class Adapter:
             SiteNotFound: a pattern matches nothing. SpecError: the rank is above what every site allows, or the init
             needs a packed base. BaseNotFound: the init needs the weights before packing, and they are not at hand.
         """
+        picked, full, capped, resolved = _resolve(base, spec)
         method = METHODS.get(spec.method)
-        if spec.quantize is not None and INITS.get(spec.init).anchored:
-            raise SpecError(
-                f"quantize is {spec.quantize!r}, and init {spec.init!r} keeps its start as anchors, on no grid",
-                next_step="choose init default or gaussian, or compress the adapter once it is trained",
-            )
-        full = {site.name: site for site in _full_sites(base, spec)}
-        if not spec.sites and full:
-            picked: list[Site] = []
-        else:
-            picked = match_sites(base.sites, spec.sites, exclude=spec.exclude, layers=spec.layers, kinds=method.kinds)
-        if method.replaces:
-            full |= {site.name: site for site in picked}
-            picked = []
-        picked = [site for site in picked if site.name not in full]
-        if picked and INITS.get(spec.init).needs_packed and all(site.packed is None for site in picked):
-            raise SpecError(
-                f"init {spec.init!r} starts from what packing has lost, and none of the {len(picked)} sites is packed",
-                allowed=", ".join(name for name in INITS if not INITS.get(name).needs_packed),
-                next_step="pack the base (quantize: nf4), or choose another adapter.init",
-            )
-        capped, resolved = _cap(picked, spec)
         originals = Originals(base)
         factors = {}
         for site in picked:
@@ -102,6 +82,11 @@ class Adapter:
             },
             task_type=task_type_of(base.model, base.sites, full),
         )
+
+    @staticmethod
+    def check(base: FrozenModel, spec: AdapterSpec) -> None:
+        """Raise what `new` would of the spec itself, without drawing factors."""
+        _resolve(base, spec)
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:
@@ -173,6 +158,33 @@ class Adapter:
     def num_parameters(self) -> int:
         """Trained numbers."""
         return sum(factors.num_parameters() for factors in self.factors.values())
+
+
+def _resolve(base: FrozenModel, spec: AdapterSpec) -> tuple[list[Site], dict[str, Site], dict[str, int], AdapterSpec]:
+    """Sites that get low-rank factors, sites that are copied, ranks that were capped, and the spec with those ranks."""
+    method = METHODS.get(spec.method)
+    if spec.quantize is not None and INITS.get(spec.init).anchored:
+        raise SpecError(
+            f"quantize is {spec.quantize!r}, and init {spec.init!r} keeps its start as anchors, on no grid",
+            next_step="choose init default or gaussian, or compress the adapter once it is trained",
+        )
+    full = {site.name: site for site in _full_sites(base, spec)}
+    if not spec.sites and full:
+        picked: list[Site] = []
+    else:
+        picked = match_sites(base.sites, spec.sites, exclude=spec.exclude, layers=spec.layers, kinds=method.kinds)
+    if method.replaces:
+        full |= {site.name: site for site in picked}
+        picked = []
+    picked = [site for site in picked if site.name not in full]
+    if picked and INITS.get(spec.init).needs_packed and all(site.packed is None for site in picked):
+        raise SpecError(
+            f"init {spec.init!r} starts from what packing has lost, and none of the {len(picked)} sites is packed",
+            allowed=", ".join(name for name in INITS if not INITS.get(name).needs_packed),
+            next_step="pack the base (quantize: nf4), or choose another adapter.init",
+        )
+    capped, resolved = _cap(picked, spec)
+    return picked, full, capped, resolved
 
 
 def _full_sites(base: FrozenModel, spec: AdapterSpec) -> list[Site]:

@@ -72,6 +72,7 @@ def sweep(
             "a sweep compares its trials on held-out rows, and there are none",
             next_step="give data.eval, data.eval_fraction or sweep.folds",
         )
+    trials.check(stock.check)
     full_tokens, full_steps = stock.length(trials.base)
     began = time.perf_counter()
     num_trials = config.sweep.trials or (None if config.sweep.search == "grid" else DEFAULT_TRIALS)
@@ -85,7 +86,7 @@ def sweep(
     rule = RULES.get(stop.rule)(rehearsed.num_trials, settings)
     trials.levels = levels_of(rule.shares, full_tokens, full_steps)
     proposed = (rehearsed.propose(number) for number in range(min(LIKELY, rehearsed.num_trials)))
-    likely = trials.possible(proposed, stock.data)
+    likely = trials.possible(proposed, stock.check)
     engine = ENGINES.get(config.sweep.engine)
     engine.check(config)
     for note in (*stock.new_notes(), *notes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from manylora.config import Config, load_config
@@ -66,13 +66,11 @@ class Trials:
                 f"sweep.space varies data.train, and {COMPARED}",
                 next_step="give them apart from the training rows, as data.eval",
             )
-        tried = {
+        self._tried = {
             key: dimension.listed if isinstance(dimension, Choices) else (dimension.low, dimension.high)
             for key, dimension in space.dimensions.items()
         }
-        for key, values in tried.items():
-            for value in values:
-                self._check(key, value, tried)
+        self.check(lambda config: None)
 
     def members(self, trial: int) -> list[str]:
         """The names of a trial's members: one for each seed and fold."""
@@ -96,6 +94,26 @@ class Trials:
         if "fold" in place:
             given["data.fold"] = f"{place['fold']}/{self._sweep.folds}"
         return load_config(self._plain, given)
+
+    def check(self, try_out: Callable[[Config], object]) -> None:
+        """Pass each searched value that `try_out` takes, by itself or beside a value of another searched key.
+
+        Raises:
+            UserError: what a value is refused for, with the key and the value.
+        """
+        for key, values in self._tried.items():
+            for value in values:
+                first = self._fault({key: value}, try_out)
+                if first is None:
+                    continue
+                others = ((other, beside) for other, own in self._tried.items() if other != key for beside in own)
+                if all(self._fault({key: value, other: beside}, try_out) is not None for other, beside in others):
+                    raise type(first)(
+                        f"sweep.space.{key}, value {value!r}: {first.what}",
+                        nearest=first.nearest,
+                        allowed=first.allowed,
+                        next_step=first.next_step,
+                    ) from first
 
     def possible(self, values: Iterable[Mapping[str, Any]], try_out: Callable[[Config], object]) -> list[Config]:
         """The configurations of some trials, without those whose values do not go together or that `try_out` refuses.
@@ -126,24 +144,10 @@ class Trials:
         own = self._config.data.split_seed
         return self._config.train.seed if own is None else own
 
-    def _check(self, key: str, value: Any, tried: Mapping[str, Sequence[Any]]) -> None:
-        """Pass a value that a run could have, by itself or beside a value of another searched key."""
-        first = self._fault({key: value})
-        if first is None:
-            return
-        others = ((other, beside) for other, values in tried.items() if other != key for beside in values)
-        if all(self._fault({key: value, other: beside}) is not None for other, beside in others):
-            raise type(first)(
-                f"sweep.space.{key}, value {value!r}: {first.what}",
-                nearest=first.nearest,
-                allowed=first.allowed,
-                next_step=first.next_step,
-            ) from first
-
-    def _fault(self, values: Mapping[str, Any]) -> ConfigError | None:
+    def _fault(self, values: Mapping[str, Any], try_out: Callable[[Config], object]) -> UserError | None:
         try:
-            self.config(self.members(0)[0], values)
-        except ConfigError as error:
+            try_out(self.config(self.members(0)[0], values))
+        except UserError as error:
             return error
         return None
 

@@ -96,6 +96,14 @@ class Stock:
         self._say(coverage(self.base, adapter))
         return member, adapter
 
+    def check(self, config: Config) -> None:
+        """Raise what `member` would of the data and of the adapter's sites and ranks; no factors are drawn."""
+        self.data(config)
+        if config.adapter.from_ is None:
+            Adapter.check(self.base, config.adapter.spec())
+        else:
+            start_adapter(config, self.base)
+
     def length(self, config: Config) -> tuple[int, int]:
         """(trained tokens, steps) of a member that runs to its end."""
         member = self._laid_out(config, "", config.adapter.spec(), self.data(config))
