@@ -148,13 +148,23 @@ class Segment:
     parts: tuple[tuple[int, int, int | None], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
-    """A stack and the segments of the present batch that it changes."""
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Runs:
+    """The segments of a batch that belong to the same slots, in order; `covers_all`: every item is in one.
 
-    stack: Stack
+    All stacks of those slots share one object, so that what is derived from it is derived once for a batch.
+    """
+
     segments: tuple[Segment, ...]
     covers_all: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A stack and the runs of the present batch that it changes."""
+
+    stack: Stack
+    runs: Runs
 
 
 class Method(Protocol):

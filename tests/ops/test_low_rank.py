@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from manylora.ops.dropout import dropout_mask
 from manylora.ops.groups import LEAST_UNIT, LONGEST_COPIED, PADDED_RATIO, blocks
 from manylora.ops.low_rank import low_rank, reference
-from manylora.types import Segment, Site, Stack, Use
+from manylora.types import Runs, Segment, Site, Stack, Use
 
 COLUMNS, ROWS = 6, 5
 SITE = Site("site", "linear", nn.Linear(COLUMNS, ROWS).double().requires_grad_(False), plain=True)
@@ -76,7 +76,7 @@ def uses_of(stacks: list[Stack], rows: list[tuple[int, int, int]]) -> tuple[list
                 own.append(Segment(place, start, stop, (part,)))
         start = stop
     uses = [
-        Use(stack, tuple(own), covers_all=sum(s.stop - s.start for s in own) == start)
+        Use(stack, Runs(tuple(own), covers_all=sum(s.stop - s.start for s in own) == start))
         for stack, own in zip(stacks, found, strict=True)
         if own
     ]
@@ -154,9 +154,9 @@ def test_blocks_hold_each_item_of_a_segment_once(route: tuple) -> None:
     uses, items = uses_of([stack_of(kind, 0) for kind in found], rows)
     numbered = torch.arange(items, dtype=torch.float64)[:, None]
     for use in uses:
-        place_of = {item: s.place for s in use.segments for item in range(s.start, s.stop)}
+        place_of = {item: s.place for s in use.runs.segments for item in range(s.start, s.stop)}
         seen: Counter[int] = Counter()
-        for block in blocks(use.segments):
+        for block in blocks(use.runs.segments):
             taken = block.take(numbered)
             assert taken.shape == (len(block.places), block.length, 1)
             for place, start, stop, own in zip(block.places, block.starts, block.stops, taken, strict=True):
@@ -229,7 +229,7 @@ def test_a_members_nan_reaches_no_other_member(form: str, dropout: float) -> Non
     stack = stack_of(Kind(2, (2, 2, 2), dropouts=(dropout,) * 3), 1)
     uses, items = uses_of([stack], rows)
     x = torch.randn(items, COLUMNS, dtype=torch.float64)
-    bad = range(uses[0].segments[1].start, uses[0].segments[1].stop)
+    bad = range(uses[0].runs.segments[1].start, uses[0].runs.segments[1].stop)
     x[bad.start : bad.stop] = float("nan")
     y, gx, ga, gb = results(lambda leaf: low_rank(leaf, SITE, uses, with_base=True), x, [stack], torch.ones(items, 1))
     others = [item for item in range(items) if item not in bad]
@@ -299,10 +299,10 @@ def test_a_member_in_bfloat16_has_the_bits_that_it_has_alone(spread: str) -> Non
     x = torch.randn(items, 64, generator=draw).bfloat16()
     weight = torch.randn(items, 48, generator=draw).bfloat16()
     together = results(lambda leaf: low_rank(leaf, site, uses, with_base=True), x, [stack], weight)
-    for segment in uses[0].segments:
+    for segment in uses[0].runs.segments:
         cut = slice(segment.start, segment.stop)
         size = segment.stop - segment.start
-        lone = [Use(stack, (Segment(segment.place, 0, size, ((0, size, None),)),), covers_all=True)]
+        lone = [Use(stack, Runs((Segment(segment.place, 0, size, ((0, size, None),)),), covers_all=True))]
         alone = results(
             lambda leaf, lone=lone: low_rank(leaf, site, lone, with_base=True), x[cut], [stack], weight[cut]
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from manylora.base.frozen import FrozenModel
 from manylora.errors import AdapterBroken, BaseMismatch, RouteError, SpecError, nearest_names
 from manylora.methods import METHODS
 from manylora.ops.allocator import lying_apart
-from manylora.types import Factors, Method, Segment, Site, Stack, Use
+from manylora.types import Factors, Method, Runs, Segment, Site, Stack, Use
 
 MAX_PLANS = 8192
 """Plans (which places change which items of a site) that are remembered, so that decoding finds them at each token."""
@@ -36,6 +36,13 @@ class Route:
     slots: tuple[int, ...]
     streams: tuple[int, ...] | None = None
     counts: tuple[int, ...] | None = None
+    reached: frozenset[int] = field(init=False, repr=False)
+    """The distinct ones of `slots`."""
+    runs: dict[tuple, Runs] = field(default_factory=dict, init=False, repr=False)
+    """What a bank found for stacks that the same slots own."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "reached", frozenset(self.slots))
 
     def bounds(self, items: int, site: str) -> list[int]:
         """Where each row begins among a site's items; one number more than rows."""
@@ -348,10 +355,10 @@ class Bank:
 
     def _plan(self, route: Route, site: Site, stacks: list[Stack], x: Tensor) -> list[tuple[Method, list[Use]]]:
         by_method: dict[str, list[Use]] = {}
-        mixed = len(set(route.slots)) > 1
+        mixed = len(route.reached) > 1
         for stack in stacks:
-            place_of = {slot: place for place, slot in enumerate(stack.slots) if slot != -1}
-            if not any(slot in place_of for slot in route.slots):
+            slots = tuple(stack.slots)
+            if (route.reached - {-1}).isdisjoint(slots):
                 continue
             if mixed and route.counts is None and (self._proven is None or site.name not in self._proven):
                 raise RouteError(
@@ -360,17 +367,23 @@ class Bank:
                     next_step="leave the site out, or give FrozenModel an example and call bank.prove()",
                 )
             items = METHODS.get(stack.method).num_items(site, x)
-            dropout_off = route.streams is None or not any(stack.dropouts)
-            if not mixed and dropout_off:
-                segments = [Segment(place_of[route.slots[0]], 0, items, ((0, items, None),))]
-            else:
-                segments = _segments(route, route.bounds(items, site.name), place_of)
-            if not segments:
-                continue
-            covered = sum(segment.stop - segment.start for segment in segments) == items
-            by_method.setdefault(stack.method, []).append(Use(stack, tuple(segments), covered))
+            whole = not mixed and (route.streams is None or not any(stack.dropouts))
+            runs = route.runs.get((slots, items, whole))
+            if runs is None:
+                runs = route.runs[slots, items, whole] = _runs(route, site, slots, items, whole)
+            if runs.segments:
+                by_method.setdefault(stack.method, []).append(Use(stack, runs))
         methods = [(METHODS.get(name), uses) for name, uses in by_method.items()]
         return sorted(methods, key=lambda pair: pair[0].replaces)
+
+
+def _runs(route: Route, site: Site, slots: tuple[int, ...], items: int, whole: bool) -> Runs:
+    """The runs of a site's items that stacks of `slots` change; `whole`: all of them as one, without streams."""
+    place_of = {slot: place for place, slot in enumerate(slots) if slot != -1}
+    if whole:
+        return Runs((Segment(place_of[route.slots[0]], 0, items, ((0, items, None),)),), covers_all=True)
+    segments = _segments(route, route.bounds(items, site.name), place_of)
+    return Runs(tuple(segments), sum(segment.stop - segment.start for segment in segments) == items)
 
 
 def _segments(route: Route, edges: list[int], place_of: dict[int, int]) -> list[Segment]:

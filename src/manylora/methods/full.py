@@ -54,13 +54,13 @@ class Full:
     def forward(
         self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]
     ) -> Tensor:
-        whole = len(uses) == 1 and uses[0].covers_all and len(uses[0].segments) == 1
+        whole = len(uses) == 1 and uses[0].runs.covers_all and len(uses[0].runs.segments) == 1
         if whole:
-            return self._apply(x, site, uses[0], uses[0].segments[0].place, extra)
+            return self._apply(x, site, uses[0], uses[0].runs.segments[0].place, extra)
         y = site.map(x, *extra[0], **extra[1]) if y is None else y
         for use in uses:
             pieces, reached = [], 0
-            for segment in use.segments:
+            for segment in use.runs.segments:
                 part = self._apply(x[segment.start : segment.stop], site, use, segment.place, extra)
                 pieces += [y[reached : segment.start], part]
                 reached = segment.stop

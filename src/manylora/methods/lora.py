@@ -80,7 +80,7 @@ class Lora:
         scale_own = getattr(site.module, "embed_scale", None)
         for use in uses:
             pieces, reached = [], 0
-            for segment in use.segments:
+            for segment in use.runs.segments:
                 a, b = use.stack.tensors["a"][segment.place], use.stack.tensors["b"][segment.place]
                 if use.stack.anchors:
                     a, b = widened(a, b, use.stack.anchors["a"][segment.place], use.stack.anchors["b"][segment.place])

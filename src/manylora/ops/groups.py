@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from manylora.types import Segment
+from manylora.types import Runs, Segment
 
 LONGEST_COPIED = 128
 """Items of a run up to which the calls that are saved outweigh the copies. Measured: see `blocks`."""
@@ -78,6 +79,50 @@ class Block:
         flat.index_add_(0, items, product)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Places of a stack, in an order: those from `first` on, or those that `index` lists."""
+
+    first: int
+    count: int
+    index: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, places: Sequence[int]) -> Choice:
+        rising = all(place == places[0] + number for number, place in enumerate(places))
+        return cls(places[0], len(places), None if rising else tuple(places))
+
+    def of_stack(self, tensor: Tensor) -> Tensor:
+        """(count, ...) of a stack (P, ...): itself, a view or a copy."""
+        if self.index is not None:
+            return tensor.index_select(0, index_of(self.index, tensor.device))
+        return tensor if self.count == len(tensor) else tensor.narrow(0, self.first, self.count)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grouping:
+    """The blocks of some runs, the places that they reach, and which of these each block takes."""
+
+    blocks: list[Block]
+    used: Choice
+    own: list[Choice]
+
+
+_groupings: WeakKeyDictionary[Runs, Grouping] = WeakKeyDictionary()
+
+
+def grouping(runs: Runs) -> Grouping:
+    """The blocks of runs that hold something, found once for all sites that share them."""
+    found = _groupings.get(runs)
+    if found is None:
+        made = blocks(runs.segments)
+        used = sorted({place for block in made for place in block.places})
+        where = {place: number for number, place in enumerate(used)}
+        own = [Choice.of([where[place] for place in block.places]) for block in made]
+        found = _groupings[runs] = Grouping(made, Choice.of(used), own)
+    return found
+
+
 def blocks(segments: Sequence[Segment]) -> list[Block]:
     """Blocks that hold each item of the segments once.
 
@@ -128,6 +173,12 @@ def _distance(starts: Sequence[int], alone: int) -> int | None:
     apart = starts[1] - starts[0]
     even = apart > 0 and all(later - start == apart for start, later in pairwise(starts))
     return apart if even else None
+
+
+@lru_cache(maxsize=256)
+def index_of(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """Places as a tensor on a device."""
+    return torch.tensor(places, device=device)
 
 
 @lru_cache(maxsize=64)

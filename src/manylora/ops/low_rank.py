@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from manylora.ops.dropout import dropout_mask
-from manylora.ops.groups import Block, blocks
+from manylora.ops.groups import Block, Grouping, grouping, index_of
 from manylora.ops.rounding import fake_quantised
 from manylora.types import Segment, Site, Stack, Use
 
@@ -52,7 +52,7 @@ def reference(x: Tensor, site: Site, uses: Sequence[Use], base: Callable[[Tensor
     flat = x.reshape(-1, x.shape[-1])
     out = y.reshape(flat.shape[0], -1)
     for use in uses:
-        for segment in use.segments:
+        for segment in use.runs.segments:
             a, b = use.stack.tensors["a"][segment.place], use.stack.tensors["b"][segment.place]
             a, b = fake_quantised(a, b, use.stack.rounding)
             part = flat[segment.start : segment.stop]
@@ -90,14 +90,13 @@ class _LowRank(torch.autograd.Function):
             y = x.new_zeros(*x.shape[:-1], call.site.out_in[0])
         out = y.view(flat.shape[0], -1)
         middles: list[Tensor] = []
-        layout = [blocks(use.segments) for use in call.uses]
-        for use, held, parts in _by_use(call.uses, factors, layout):
+        for use, held, parts in _by_use(call.uses, factors):
             for block, a, b in _cast(held, use.stack, parts, x.dtype):
                 part, _ = _dropped(block, use.stack, flat)
                 middle = _scaled(torch.bmm(part, a.transpose(1, 2)), block, use.stack)
                 block.add_product(out, middle, b.transpose(1, 2))
                 middles.append(middle)
-        ctx.call, ctx.layout, ctx.shape = call, layout, x.shape
+        ctx.call, ctx.shape = call, x.shape
         ctx.num_factors = len(factors)
         ctx.save_for_backward(flat, *middles, *factors)
         return y
@@ -116,7 +115,7 @@ class _LowRank(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_flat @ call.site.weight(grad.dtype) if call.with_base else torch.zeros_like(flat)
         grads: list[Tensor | None] = []
-        for use, held, parts in _by_use(call.uses, factors, ctx.layout):
+        for use, held, parts in _by_use(call.uses, factors):
             rank = held[0].shape[1]
             of_a: list[Tensor] = []
             of_b: list[Tensor] = []
@@ -128,7 +127,11 @@ class _LowRank(torch.autograd.Function):
                 of_b.append(torch.bmm(gy.transpose(1, 2), next(middles)[..., :rank]))
                 if grad_x is not None:
                     block.add_product(grad_x, back, a, mask)
-            grads += [_stacked(held[0], parts, of_a), _stacked(held[1], parts, of_b), *(None for _ in held[2:])]
+            grads += [
+                _stacked(held[0], parts.blocks, of_a),
+                _stacked(held[1], parts.blocks, of_b),
+                *(None for _ in held[2:]),
+            ]
         return (None if grad_x is None else grad_x.view(ctx.shape), None, *grads)
 
 
@@ -139,14 +142,12 @@ def _held(use: Use) -> tuple[Tensor, ...]:
     return stack.tensors["a"], stack.tensors["b"], *anchors
 
 
-def _by_use(
-    uses: Sequence[Use], factors: Sequence[Tensor], layout: Sequence[list[Block]]
-) -> Iterator[tuple[Use, Sequence[Tensor], list[Block]]]:
+def _by_use(uses: Sequence[Use], factors: Sequence[Tensor]) -> Iterator[tuple[Use, Sequence[Tensor], Grouping]]:
     """Each use with its share of what `_held` gave for all of them, and its blocks."""
     reached = 0
-    for use, parts in zip(uses, layout, strict=True):
+    for use in uses:
         count = 4 if use.stack.anchors else 2
-        yield use, factors[reached : reached + count], parts
+        yield use, factors[reached : reached + count], grouping(use.runs)
         reached += count
 
 
@@ -156,7 +157,7 @@ def _of_a(back: Tensor, rank: int) -> Tensor:
 
 
 def _cast(
-    held: Sequence[Tensor], stack: Stack, parts: list[Block], dtype: torch.dtype
+    held: Sequence[Tensor], stack: Stack, parts: Grouping, dtype: torch.dtype
 ) -> Iterator[tuple[Block, Tensor, Tensor]]:
     """Each block with a (G, R, I) and b (G, O, R) of its groups in the compute dtype.
 
@@ -166,24 +167,11 @@ def _cast(
     With anchors both are 2R wide. On a grid, the masters are rounded to it; nothing of them lies beyond its ends, so
     the gradients of what is used here are those of the masters, straight through.
     """
-    used = sorted({place for block in parts for place in block.places})
-    if not used:
-        return
-    picked = [_picked(tensor, used) for tensor in held]
+    picked = [parts.used.of_stack(tensor) for tensor in held]
     a, b = widened(*picked) if len(picked) == 4 else fake_quantised(picked[0], picked[1], stack.rounding)
     a, b = a.to(dtype), b.to(dtype)
-    where = {place: index for index, place in enumerate(used)}
-    for block in parts:
-        own = [where[place] for place in block.places]
-        yield block, _picked(a, own), _picked(b, own)
-
-
-def _picked(tensor: Tensor, places: Sequence[int]) -> Tensor:
-    """The named places of a stack, in that order; a view where they follow one another."""
-    first = places[0]
-    if all(place == first + index for index, place in enumerate(places)):
-        return tensor[first : first + len(places)]
-    return tensor.index_select(0, _index(tuple(places), tensor.device))
+    for block, own in zip(parts.blocks, parts.own, strict=True):
+        yield block, own.of_stack(a), own.of_stack(b)
 
 
 def _stacked(like: Tensor, parts: list[Block], products: list[Tensor]) -> Tensor:
@@ -195,13 +183,8 @@ def _stacked(like: Tensor, parts: list[Block], products: list[Tensor]) -> Tensor
         if len(block.places) == 1:
             total[block.places[0]].add_(product[0])
         else:
-            total.index_add_(0, _index(block.places, like.device), product.to(like.dtype))
+            total.index_add_(0, index_of(block.places, like.device), product.to(like.dtype))
     return total
-
-
-@lru_cache(maxsize=256)
-def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(places, device=device)
 
 
 def _scaled(middle: Tensor, block: Block, stack: Stack) -> Tensor:
@@ -220,6 +203,8 @@ def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 def _dropped(block: Block, stack: Stack, flat: Tensor) -> tuple[Tensor, Tensor | None]:
     """A block's items (G, length, C) after dropout, and the mask by which they were multiplied (None: it is off)."""
     part = block.take(flat)
+    if not any(stack.dropouts):
+        return part, None
     masks = [segment_mask(segment, stack, flat) for segment in block.segments]
     if all(mask is None for mask in masks):
         return part, None
