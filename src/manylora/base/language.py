@@ -18,6 +18,7 @@ from manylora.base.probes import RowRules, packed_inputs, probe_rows
 from manylora.base.tokenizer import template_digest, tokenizer_digest
 from manylora.ops.attention_model import use_attention
 from manylora.ops.dropout import mix
+from manylora.ops.elementwise_model import use_elementwise
 from manylora.ops.positions import LINEAR_DTYPES, linear_nats, nats, values_and_gradient, with_gradient
 from manylora.types import IGNORED, Batch, Packing, Site
 
@@ -86,6 +87,7 @@ class LanguageBase(FrozenModel):
             self.notes.append("the model's own logits are taken whole: no known map after its head reproduces them")
         if self.device.type == "cpu":
             self.notes.append(use_attention(self.model, self._packed_states))
+            self.notes.append(use_elementwise(self.model, self._packed_states))
 
     @property
     def packing(self) -> Packing:
@@ -222,7 +224,8 @@ class LanguageOutputs:
         if constant and fn is nats and (linear := self._linear_head()) is not None:
             return {"nats": linear_nats(hidden, labels, *linear)}
         grouped = chunks(counts, max(1, CHUNK_ELEMENTS // self.base.vocabulary))
-        if torch.is_grad_enabled() and hidden.requires_grad:
+        # A head that is adapted, alone perhaps, wants a gradient where the states do not.
+        if torch.is_grad_enabled() and (hidden.requires_grad or not constant):
             known = self._values_and_gradient(hidden, labels, grouped, fn) if constant else None
             return self._recomputed(hidden, labels, grouped, fn) if known is None else known
         return _joined([self._run(*given, fn) for given in _each(hidden, labels, grouped)])
