@@ -226,6 +226,10 @@ class TrainConfig(Section):
         default=1.0, description="gradient norm to clip at; null: off"
     )
     seed: Annotated[Whole, Field(ge=0)] = Field(default=0, description="decides data order, init and dropout")
+    checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        default="auto",
+        description="what layers compute again: none, selective (all but products), full; auto: as memory asks",
+    )
 
     @model_validator(mode="after")
     def _micro_batches_hold_rows(self) -> Self:

@@ -135,14 +135,15 @@ def test_an_interrupted_run_writes_a_checkpoint_first(tmp_path, make_base, make_
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")]
 )
 def test_out_of_memory_names_what_to_change(error, make_base, make_examples, monkeypatch) -> None:
-    def out_of_memory(*_: object) -> list[float]:
+    def out_of_memory(*_: object) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(step_module, "backward", out_of_memory)
+    monkeypatch.setattr(step_module, "_added", out_of_memory)
     run = Running(make_base(), [member("m", make_examples(30), spec=SPEC)], torch.float32)
-    with pytest.raises(OutOfMemory, match=r"4 rows in 1 micro-batches") as caught:
+    with pytest.raises(OutOfMemory, match=r"does not hold 1 row of \d+ tokens at once") as caught:
         run.run()
-    assert "train.accumulate" in (caught.value.next_step or "")
+    assert "train.row_tokens" in (caught.value.next_step or "")
+    assert [event["rows"] for event in run.recorder.events if event["event"] == "out_of_memory"] == [4, 2]
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, make_base, make_examples, monkeypatch) -> None:

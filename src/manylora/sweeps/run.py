@@ -20,6 +20,8 @@ from manylora.sweeps.search import Search
 from manylora.sweeps.space import parse_space
 from manylora.sweeps.stopping import RULES, settings_of
 from manylora.sweeps.trials import Trials, levels_of
+from manylora.training.checkpointing import Checkpointing
+from manylora.training.fitting import asked
 from manylora.training.folder import RunFolder
 from manylora.training.memory import peak_bytes
 from manylora.training.prepare import Stock
@@ -89,6 +91,7 @@ def sweep(
     likely = trials.possible(proposed, stock.check)
     engine = ENGINES.get(config.sweep.engine)
     engine.check(config)
+    Checkpointing(stock.base, asked(config.train.checkpointing).mode)  # refused where the base has no layers for it
     for note in (*stock.new_notes(), *notes):
         board.note(note)
     folder.begin(config)

@@ -19,6 +19,7 @@ FIXED = {
     **dict.fromkeys(("data.format", "data.columns", "data.overflow", "data.turns", "data.on_bad_row"), COMPARED),
     "evaluate.max_examples": COMPARED,
     **dict.fromkeys(("output", "track", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.select"), SAME_RUN),
+    "train.checkpointing": "the layers of the one base are computed alike for all members",
     "evaluate.at_tokens": "levels are laid by sweep.stop",
     "train.stop_after": "sweep.stop says how long a trial is trained",
 }

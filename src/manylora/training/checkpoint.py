@@ -46,6 +46,8 @@ class Saved:
     source: dict[str, Any]
     arriving: tuple[str, str, int] | None = None
     """Event, name and step of a member that the source has given and that had no room yet."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What bounds the forwards from here on: budget_tokens, checkpointing."""
 
     def tensors(self, member: str) -> Kept:
         """What was kept of a member that ran.
@@ -72,6 +74,7 @@ class Checkpoints:
         ended: Mapping[str, dict[str, Any]],
         source: Mapping[str, Any],
         arriving: tuple[str, str, int] | None = None,
+        memory: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write `step-N`, then drop the oldest; the ones before stay until the new one is complete.
 
@@ -89,6 +92,7 @@ class Checkpoints:
                 "ended": dict(ended),
                 "source": dict(source),
                 "arriving": arriving,
+                "memory": dict(memory or {}),
             }
             write_json_atomic(partial / "state.json", state)
         for old in self.steps()[: -self.keep]:
@@ -120,7 +124,7 @@ class Checkpoints:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             arriving = None if state["arriving"] is None else tuple(state["arriving"])
             members = state["running"], state["waiting"], state["ended"]
-            return Saved(path, int(state["tick"]), *members, state["source"], arriving)
+            return Saved(path, int(state["tick"]), *members, state["source"], arriving, state.get("memory", {}))
         except (OSError, ValueError, KeyError) as error:
             raise _broken(path, error) from error
 

@@ -21,8 +21,10 @@ from manylora.files import write_json_atomic, write_text_atomic
 from manylora.ops.allocator import freed_memory_kept
 from manylora.tasks.task import Sample
 from manylora.training.checkpoint import Checkpoints
+from manylora.training.checkpointing import checkpointed
 from manylora.training.console import Progress
 from manylora.training.events import EventLog
+from manylora.training.fitting import Fit, asked, fit, keep_fit, kept_fit
 from manylora.training.folder import RunFolder
 from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
 from manylora.training.member import Member
@@ -111,10 +113,14 @@ def train(
         return Result(folder.path, finished)
     stock = Stock(config, objects=objects, use_cache=use_cache)
     made = stock.member(config, MEMBER)
-    for note in stock.new_notes():
+    chosen = kept_fit(folder.checkpoints) if resume else None
+    if chosen is None:
+        chosen = fit(stock.base, *made, config.train.checkpointing)
+    for note in (*stock.new_notes(), chosen.reason):
         console.note(note)
     folder.begin(config)
     folder.write_manifest(stock.base, stock.facts)
+    keep_fit(chosen, folder.checkpoints)
     began = time.perf_counter()
 
     try:
@@ -126,6 +132,8 @@ def train(
             lambda log, trackers: RunRecorder(log, trackers, console, made[0].recipe.last_step),
             resume=resume,
             hand=lambda member, adapter: save_member(config, adapter, folder.adapter(member.name), stock.base),
+            budget_tokens=chosen.budget_tokens,
+            chosen=chosen,
         )
     finally:
         console.close()
@@ -154,19 +162,25 @@ def run_loop(
     num_slots: int = 1,
     budget_tokens: int | None = None,
     resident_bytes: int | None = None,
+    chosen: Fit | None = None,
 ) -> Loop:
     """Train the members of a source in a run's folder until all have ended, and give the loop back.
+
+    `chosen` is what was found to fit, None: what the configuration asks for, or as little as it must be.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written. UserError: see `Loop`.
     """
     config = stock.config
+    chosen = chosen or asked(config.train.checkpointing)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
     settings = LoopSettings(
         checkpoint_every=config.checkpoint.every_steps,
         select=config.checkpoint.select,
         budget_tokens=budget_tokens,
         resident_bytes=resident_bytes,
+        strengthens=chosen.may_change,
+        probes=chosen.probes,
     )
     done = checkpoints.last() if resume else None
     told: Recorder | None = None
@@ -175,19 +189,35 @@ def run_loop(
     def note(text: str) -> None:
         early.append(text) if told is None else told.note(text)
 
-    with EventLog(folder.path) as log, Bank(stock.base, num_slots=num_slots), freed_memory_kept():
+    with (
+        EventLog(folder.path) as log,
+        Bank(stock.base, num_slots=num_slots),
+        checkpointed(stock.base, chosen.mode) as checkpointing,
+        freed_memory_kept(),
+    ):
         if resume:
             log.truncate_after(done or 0)
-            note(f"resumes at step {done}" if done else "no checkpoint yet: begins at step 0")
+            note("no checkpoint yet: begins at step 0" if done is None else f"resumes at step {done}")
         resume_step = (done or 0) if resume else None
         trackers = Trackers(config.track, folder.path, config.to_dict(), note=note, resume_step=resume_step)
         told = recorder(log, trackers)
         for line in early:
             told.note(line)
-        loop = Loop(stock.base, source, make, told, checkpoints=checkpoints, settings=settings, hand=hand)
+        loop = Loop(
+            stock.base,
+            source,
+            make,
+            told,
+            checkpoints=checkpoints,
+            settings=settings,
+            hand=hand,
+            checkpointing=checkpointing,
+        )
         try:
-            if done:
+            if done is not None:
                 loop.resume()
+            else:
+                told.event("checkpointing", mode=chosen.mode, budget_tokens=budget_tokens, tick=0)
             with interruptible() as interrupted:
                 loop.run(interrupted)
         except KeyboardInterrupt:

@@ -194,6 +194,8 @@ def train(task: Task, post: Post) -> None:
     from manylora.ops.allocator import freed_memory_kept
     from manylora.sweeps.engines.local import hand_over, maker
     from manylora.training.checkpoint import Checkpoints, Kept
+    from manylora.training.checkpointing import checkpointed
+    from manylora.training.fitting import asked
     from manylora.training.folder import RunFolder
     from manylora.training.loop import Loop, LoopSettings
     from manylora.training.prepare import Stock
@@ -221,15 +223,30 @@ def train(task: Task, post: Post) -> None:
     def hand(member: Member, adapter: Adapter) -> None:
         hand_over(member, adapter, proxy.config(member.name), folder, stock)
 
+    chosen = asked(base.train.checkpointing)
     settings = LoopSettings(
         checkpoint_every=kept.every_steps,
         select=kept.select,
         budget_tokens=room.budget_tokens,
         resident_bytes=room.resident_bytes,
+        strengthens=chosen.may_change,
     )
     make = maker(stock, proxy.config, proxy.note)
-    with Bank(stock.base, num_slots=room.num_slots), freed_memory_kept():
-        loop = Loop(stock.base, proxy, make, proxy, checkpoints=checkpoints, settings=settings, hand=hand)
+    with (
+        Bank(stock.base, num_slots=room.num_slots),
+        checkpointed(stock.base, chosen.mode) as layers,
+        freed_memory_kept(),
+    ):
+        loop = Loop(
+            stock.base,
+            proxy,
+            make,
+            proxy,
+            checkpoints=checkpoints,
+            settings=settings,
+            hand=hand,
+            checkpointing=layers,
+        )
         loop.run(post.stop.is_set)
 
 
