@@ -16,12 +16,9 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +26,15 @@ import numpy as np
 import torch
 from qlora_step import write_base
 from results import ROOT, write_result
+from workers import ask, ours, peers, speeds, status
 
 RANK, ALPHA, RATE, DECAY = 16, 32.0, 1e-4, 0.01
 ROW_TOKENS = 64
 CHECK_STEPS = 8
+TOLERANCE = 2e-3
+"""Relative: the loss of a step in bfloat16 of a member alone against PEFT's."""
 SOLO_STEPS = 4
-"""Steps of one member that stand for those of all members in a round: they are alike."""
+"""Steps of one member that stand for those of all members: they are alike."""
 BOUNDS = {"times_solo": 2.5, "times_peft": 3.0, "member_memory_ratio": 1.0}
 """The least, the least, and the most."""
 FACTOR_COPIES = 4.3
@@ -54,11 +54,11 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     from manylora.ops.allocator import freed_memory_kept
 
-    with freed_memory_kept():  # for all that is compared, PEFT too
-        if asked.peak:
+    if asked.peak:
+        with freed_memory_kept():
             print(json.dumps(peak_of(Path(asked.peak[0]), int(asked.peak[1]))))
-        else:
-            compare(asked)
+    else:
+        compare(asked)
 
 
 def compare(asked: argparse.Namespace) -> None:
@@ -70,8 +70,8 @@ def compare(asked: argparse.Namespace) -> None:
         figures |= equal_alone(Path(place) / "small")
         folder = write_base(Path(place) / "base", asked.layers, asked.vocabulary)
         figures |= memory(folder, asked.threads)
-        figures["one row"] = speeds(folder, asked.members, 1, asked.rounds)
-        figures["four rows"] = speeds(folder, asked.members, 4, max(1, asked.rounds // 3))
+        figures["one row"] = in_turns(folder, asked, 1, asked.rounds)
+        figures["four rows"] = in_turns(folder, asked, 4, max(1, asked.rounds // 3))
     figures["bounds"] = BOUNDS
     kept = {
         "times_solo": figures["one row"]["times_solo"] >= BOUNDS["times_solo"],
@@ -90,7 +90,11 @@ def compare(asked: argparse.Namespace) -> None:
 class Fleet:
     """Members of rank 16 on every linear site of one base, each with its own seed and its own random rows."""
 
-    def __init__(self, base: Any, seeds: list[int], rows: int, row_tokens: int = ROW_TOKENS, dropout: float = 0.0):
+    def __init__(
+        self, base: Any, seeds: list[int], rows: int, row_tokens: int = ROW_TOKENS, dropout: float = 0.0,
+        adapter: str | None = None,
+    ):  # fmt: skip
+        """`adapter`: the folder from which every member starts; None: each starts afresh from its seed."""
         from manylora.adapters.adapter import Adapter
         from manylora.adapters.bank import Bank
         from manylora.data.batches import Epochs
@@ -103,8 +107,9 @@ class Fleet:
         self.bank = Bank(base, num_slots=len(seeds))
         self.members: list[Any] = []
         for slot, seed in enumerate(seeds):
-            adapter = Adapter.new(base, AdapterSpec(rank=RANK, alpha=ALPHA, dropout=dropout), seed=seed)
-            self.bank.put(adapter, slot=slot)
+            spec = AdapterSpec(rank=RANK, alpha=ALPHA, dropout=dropout)
+            own = Adapter.new(base, spec, seed=seed) if adapter is None else Adapter.load(adapter)
+            self.bank.put(own, slot=slot)
             recipe = Recipe(
                 learning_rate=RATE * (1 + seed), schedule="constant", total_steps=1000, warmup=0, rows_per_step=rows,
                 weight_decay=DECAY,
@@ -116,7 +121,7 @@ class Fleet:
                     name=f"member-{seed}",
                     slot=slot,
                     seed=seed,
-                    spec=adapter.spec,
+                    spec=own.spec,
                     recipe=recipe,
                     epochs=epochs,
                     objective=OBJECTIVES.get("causal-lm"),
@@ -145,7 +150,7 @@ def examples(vocabulary: int, rows: int, row_tokens: int, seed: int) -> list[Any
             tokens=draw.integers(0, vocabulary, row_tokens).astype(np.int32), trained=np.arange(row_tokens) > 0,
             prompt_length=1, prompt="", reference="", group=str(place), file="made", line=place + 1,
         )
-        for place in range(rows * 8)
+        for place in range(rows * 64)
     ]  # fmt: skip
 
 
@@ -179,65 +184,58 @@ def equal_alone(folder: Path) -> dict[str, Any]:
     return {"loss_difference": worst_loss, "factor_difference": worst_factor, "checked_steps": CHECK_STEPS}
 
 
-def speeds(folder: Path, members: int, rows: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of the fleet, of its members one after another, and of PEFT's plain loop, in turns."""
+def in_turns(folder: Path, asked: argparse.Namespace, rows: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second of the fleet, of its members one after another, and of PEFT's plain loop, each in its process.
+
+    The lone member and PEFT's train the same adapter on the same rows: first every loss of theirs must agree.
+    """
+    place = folder.parent / f"rows-{rows}"
+    place.mkdir()
+    told: dict[str, Any] = {
+        "base": str(folder), "dtype": "bfloat16", "rank": RANK, "alpha": ALPHA, "adapter": str(place / "adapter"),
+        "learning_rate": RATE, "weight_decay": DECAY, "file": str(place / "rows.npz"),
+    }  # fmt: skip
+    ask(peers, "adapter", told, asked.threads)
+    # PEFT goes through the rows that the lone member takes: so many that none comes twice.
+    write_rows(folder, rows, Path(told["file"]), steps=2 + SOLO_STEPS * rounds)
+    alone = {"base": str(folder), "seeds": [0], "rows": rows, "row_tokens": ROW_TOKENS, "adapter": told["adapter"]}
+    fleet = {"base": str(folder), "seeds": list(range(asked.members)), "rows": rows, "row_tokens": ROW_TOKENS}
+    with (
+        ours("fleet", fleet, asked.threads) as together,
+        ours("fleet", alone, asked.threads) as solo,
+        peers("plain", told, asked.threads) as peft,
+        peers("plain", told | {"keep_freed": True}, asked.threads) as kept,
+    ):
+        workers = {"fleet": (together, 1), "solo": (solo, SOLO_STEPS), "peft": (peft, SOLO_STEPS),
+                   "peft, freed memory kept": (kept, SOLO_STEPS)}  # fmt: skip
+        answers: dict[str, list[dict[str, Any]]] = {name: [worker.steps(1)] for name, (worker, _) in workers.items()}
+        for _ in range(rounds):
+            for name, (worker, steps) in workers.items():
+                answers[name].append(worker.steps(steps))
+    losses = {
+        name: [*worker.opened["losses"], *(loss for one in answers[name] for loss in one["losses"])]
+        for name, (worker, _) in workers.items()
+    }
+    off = max(abs(mine - want) / want for mine, want in zip(losses["solo"], losses["peft"], strict=True))
+    if not off <= TOLERANCE:
+        raise SystemExit(f"a member alone and PEFT's have losses that differ by up to {off:.1e}")
+    found = speeds({name: own[1:] for name, own in answers.items()}, "fleet")
+    return {
+        "tokens_a_step": asked.members * rows * ROW_TOKENS,
+        "largest_loss_difference": off,
+        **found,
+        "times_solo": found["times"]["solo"],
+        "times_peft": found["times"]["peft"],
+    }
+
+
+def write_rows(folder: Path, rows: int, path: Path, steps: int) -> None:
+    """The tokens that the first member takes in its first steps, (steps, rows, tokens), as an npz."""
     from manylora.base.load import load_base
 
-    fleet = Fleet(load_base(str(folder), device="cpu"), list(range(members)), rows)
-    solo = Fleet(load_base(str(folder), device="cpu"), [0], rows)
-    plain = peft_step(folder, rows)
-    ways: dict[str, tuple[Callable[[], Any], int]] = {
-        "fleet": (fleet.step, 1), "solo": (solo.step, SOLO_STEPS), "peft": (plain, SOLO_STEPS),
-    }  # fmt: skip
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for count in range(rounds + 1):
-        for name, (step, steps) in ways.items():
-            started = time.perf_counter()
-            for _ in range(steps):
-                step()
-            # What all members together take for one step each; the first round warms up.
-            share = 1.0 if name == "fleet" else members / steps
-            if count:
-                times[name].append((time.perf_counter() - started) * share)
-    tokens = members * rows * ROW_TOKENS
-    middle = {name: statistics.median(found) for name, found in times.items()}
-    ratios = {
-        name: [round(other / own, 3) for own, other in zip(times["fleet"], times[name], strict=True)]
-        for name in ("solo", "peft")
-    }
-    return {
-        "tokens_a_step": tokens,
-        "seconds": {name: [round(value, 3) for value in found] for name, found in times.items()},
-        "tokens_per_second": {name: round(tokens / value, 1) for name, value in middle.items()},
-        "ratios": ratios,
-        "times_solo": statistics.median(ratios["solo"]),
-        "times_peft": statistics.median(ratios["peft"]),
-    }
-
-
-def peft_step(folder: Path, rows: int) -> Callable[[], None]:
-    """A step of PEFT's adapter of the same rank, written as its guide writes it."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
-
-    model: Any = get_peft_model(
-        LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
-        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
-    )
-    model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=DECAY)
-    draw = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
-
-    def step() -> None:
-        tokens = torch.randint(0, vocabulary, (rows, ROW_TOKENS), generator=draw)
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    member = Fleet(load_base(str(folder), device="cpu"), [0], rows).members[0]
+    taken = [[row[0].tokens for row in member.rows(step)] for step in range(steps)]
+    np.savez(path, tokens=np.array(taken))
 
 
 def memory(folder: Path, threads: int) -> dict[str, Any]:
@@ -276,12 +274,12 @@ def peak_of(folder: Path, members: int) -> dict[str, int]:
     del warm
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     fleet = Fleet(base, list(range(members)), 1)
     give_back_freed()  # as the loop does when it has admitted members
     for _ in range(3):
         fleet.step()
-    peak = _status("VmHWM") - before
+    peak = status("VmHWM") - before
     held = {
         tensor.data_ptr(): tensor.nbytes for stack in fleet.bank.stacks.values() for tensor in stack.tensors.values()
     }
@@ -304,11 +302,6 @@ def _saved_bytes(fleet: Fleet, known: set[int]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fleet.step()
     return sum(seen.values())
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def errors() -> dict[str, Any]:
 
 
 def speeds(case: str, rounds: int) -> dict[str, Any]:
-    """Seconds of each way in turn, and the median over rounds of their ratios to naive; the first round warms up."""
+    """Seconds of each way in turn, the median over rounds of its ratios to naive and to torch's; the first warms up."""
     vocabulary, width, count, dtype = CASES[case]
     weight, hidden, labels = drawn(vocabulary, width, count, getattr(torch, dtype))
     losses = {name: make(weight) for name, make in WAYS.items()}
@@ -209,8 +209,10 @@ def speeds(case: str, rounds: int) -> dict[str, Any]:
                 times[name].append(time.perf_counter() - begin)
     found: dict[str, Any] = {}
     for name, seconds in times.items():
-        ratios = [mine / other for mine, other in zip(seconds, times["naive"], strict=True)]
-        found[name] = {"seconds": [round(value, 4) for value in seconds], "times_naive": statistics.median(ratios)}
+        found[name] = {"seconds": [round(value, 4) for value in seconds]}
+        for other in ("naive", "torch"):
+            ratios = [mine / theirs for mine, theirs in zip(seconds, times[other], strict=True)]
+            found[name][f"times_{other}"] = statistics.median(ratios)
     return found
 
 
