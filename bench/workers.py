@@ -140,9 +140,9 @@ class Worker:
         threads: int = 2,
     ):  # fmt: skip
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 closed with the worker
-        environment = os.environ | {
+        # How threads wait is left as it comes: told to sleep at once, those of small products would be slowed.
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | {
             "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "PASSIVE",  # one that waits for its turn must not spin
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(BENCH),
