@@ -126,10 +126,13 @@ def sweep_of(name: str, drawn: tuple[list[list[float]], int, int, int, int], *, 
 @pytest.mark.parametrize(
     ("num_trials", "given", "shares"),
     [
-        (27, {}, [1 / 27, 1 / 9, 1 / 3]),
-        (26, {}, [1 / 9, 1 / 3]),
-        (243, {}, [1 / 243, 1 / 81, 1 / 27, 1 / 9, 1 / 3]),
-        (64, {"reduction": 4}, [1 / 64, 1 / 16, 1 / 4]),
+        (27, {"first_share": 1 / 27}, [1 / 27, 1 / 9, 1 / 3]),
+        (243, {}, [1 / 9, 1 / 3]),
+        (9, {}, [1 / 9, 1 / 3]),
+        (8, {}, [1 / 3]),
+        (64, {"reduction": 4}, [1 / 4]),
+        (64, {"reduction": 2}, [1 / 8, 1 / 4, 1 / 2]),
+        (12, {"reduction": 12}, [1 / 12]),
         (2, {}, []),
         (1, {}, []),
         (2, {"first_share": 0.05}, [0.05, 0.15, 0.45]),
@@ -172,14 +175,14 @@ def test_none_has_no_level_and_stops_nobody() -> None:
     [(27, 3, [9, 3, 1]), (81, 3, [27, 9, 3, 1]), (20, 3, [6, 2]), (16, 4, [4, 1]), (7, 2, [3, 1])],
 )
 def test_halving_keeps_the_floor_of_each_level(num_trials: int, reduction: int, kept: list[int]) -> None:
-    rule = make("successive-halving", num_trials, reduction=reduction)
+    rule = make("successive-halving", num_trials, reduction=reduction, first_share=reduction ** -len(kept))
     passed = synchronous(rule, num_trials, lambda trial, level: (trial * 7) % num_trials)
     assert [sum(count > level for count in passed.values()) for level in range(len(kept))] == kept
     assert len(rule.shares) == len(kept)
 
 
 def test_halving_of_27_trains_three_full_budgets() -> None:
-    rule = make("successive-halving", 27)
+    rule = make("successive-halving", 27, first_share=1 / 27)
     passed = synchronous(rule, 27, lambda trial, level: -trial)
     spent = sum([*rule.shares, 1.0][count] for count in passed.values())
     assert spent == pytest.approx(81 / 27)
@@ -219,7 +222,8 @@ def test_the_best_survives_noise_as_often_as_theory_says(name: str, gap: float) 
         noise = draw.standard_normal((27, 3))
         best = int(draw.integers(27))
         loss = noise + gap * (np.arange(27) != best)[:, None]
-        passed = synchronous(make(name, 27), 27, lambda trial, level, loss=loss: float(loss[trial, level]))
+        rule = make(name, 27, first_share=1 / 27)
+        passed = synchronous(rule, 27, lambda trial, level, loss=loss: float(loss[trial, level]))
         survived += passed[best] == 3
     deviation = math.sqrt(expected * (1 - expected) / rounds)
     assert abs(survived / rounds - expected) < 3.5 * deviation

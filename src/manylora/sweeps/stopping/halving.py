@@ -1,7 +1,8 @@
 """Successive halving: all trials train to a level, the best 1 / reduction of them go on, and so forth.
 
-Source: Jamieson and Talwalkar, arXiv 1502.07943, algorithm 1. With 27 trials and reduction 3 the levels lie at 1/27,
-1/9 and 1/3 of the budget with 27, 9 and 3 trials, and one trains to its end: 3 full budgets in all instead of 27.
+Source: Jamieson and Talwalkar, arXiv 1502.07943, algorithm 1. With 27 trials, reduction 3 and the first level at
+1/27 of the budget, the others lie at 1/9 and 1/3 with 9 and 3 trials, and one trains to its end: 3 full budgets in all
+instead of 27.
 """
 
 from __future__ import annotations

@@ -10,6 +10,10 @@ from manylora.errors import ConfigError
 
 Verdict = Literal["go", "wait", "stop"]
 
+LATEST_SPLIT = 10
+"""No rule judges by itself before one of so many parts of the token budget: within the warmup losses tell nothing of the
+end. Judged at 1/27, the best of 32 trials was lost; at a tenth it was kept (docs/LOG.md, bench/halving.py)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopSettings:
@@ -24,7 +28,7 @@ class StopSettings:
     Hyperband (arXiv 1603.06560, section 2.6) recommends 3 or 4."""
     first_share: float | None = None
     """Share of the full token budget at the first level. None: for successive-halving and asha 1 / reduction^k with
-    the largest k that leaves a trial for each level; for median 0.2."""
+    the largest k that leaves a trial for each level and is no less than a tenth; for median 0.2."""
     min_reports: int = 4
     """median: how many other trials must have reported at a level before one is judged there."""
 
@@ -91,9 +95,12 @@ def rising_shares(first: float, factor: int) -> tuple[float, ...]:
 
 
 def own_first_share(num_trials: int, factor: int) -> float | None:
-    """1 / factor^k with the largest k for which factor^k trials exist; None where not even one level has enough."""
+    """1 / factor^k with the largest k for which factor^k trials exist and the share is no less than a tenth.
+
+    k is at least 1, whatever the factor; None where there are fewer trials than that.
+    """
     depth = 0
     # Whole numbers: the logarithm of 243 to base 3 is 4.999... in floating point.
-    while factor ** (depth + 1) <= num_trials:
+    while factor ** (depth + 1) <= num_trials and (depth == 0 or factor ** (depth + 1) <= LATEST_SPLIT):
         depth += 1
     return float(factor) ** -depth if depth else None
