@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
-from manylora.base.language import CHUNK_ELEMENTS, LanguageBase
+from manylora.base.language import LanguageBase
 from manylora.base.load import load_base
 from manylora.data.batches import Epochs
 from manylora.data.collate import batch_of
@@ -173,15 +173,18 @@ def test_what_bfloat16_copies_of_trained_weights_take_counts_once_a_member(base)
     assert model.saved(0, 96, members=3) == 3 * model.saved(0, 96, members=1)
 
 
-def test_a_chunk_of_the_loss_holds_logits_and_their_gradients(base):
-    adapter = Adapter.new(base, AdapterSpec(rank=4), seed=0)
-    model = token_bytes(base, adapter, CAUSAL_LM, epochs_of(base, [48, 48]))
-    logits = 4 * base.vocabulary
-    assert 3 * logits <= model.chunk <= 5 * logits + 64 * 4
-    assert model.total(2, 96) == pytest.approx(BACKWARD_FACTOR * model.saved(2, 96) + 192 * model.chunk, abs=1)
-    assert model.chunk_tokens == CHUNK_ELEMENTS // base.vocabulary
-    most = BACKWARD_FACTOR * model.saved(999, 96) + model.chunk_tokens * model.chunk
-    assert model.total(999, 96) == pytest.approx(most, abs=1)
+def test_a_chunk_of_the_loss_holds_tiles_behind_a_frozen_head_and_logits_behind_a_trained_one(base):
+    epochs, logits = epochs_of(base, [48, 48]), 4 * base.vocabulary
+    frozen, trained = (
+        token_bytes(base, Adapter.new(base, spec, seed=0), CAUSAL_LM, epochs)
+        for spec in (AdapterSpec(rank=4), SPECS["a whole head"])
+    )
+    assert 0 < frozen.chunk < logits
+    assert 3 * logits <= trained.chunk
+    for model in (frozen, trained):
+        assert model.total(2, 96) == pytest.approx(BACKWARD_FACTOR * model.saved(2, 96) + 192 * model.chunk, abs=1)
+        most = BACKWARD_FACTOR * model.saved(999, 96) + model.chunk_tokens * model.chunk
+        assert model.total(999, 96) == pytest.approx(most, abs=1)
 
 
 def test_rows_of_a_module_are_measured_too():

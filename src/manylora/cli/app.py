@@ -22,6 +22,7 @@ VERBS: Table[Callable[..., None]] = Table(
         "demo": "manylora.cli.demo:demo",
         "train": "manylora.cli.train:train",
         "sweep": "manylora.cli.sweep:sweep",
+        "plan": "manylora.cli.plan:plan",
         "evaluate": "manylora.cli.evaluate:evaluate",
         "generate": "manylora.cli.generate:generate",
         "chat": "manylora.cli.chat:chat",

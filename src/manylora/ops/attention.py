@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from manylora.ops.attention_layout import Group, Layout
+from manylora.ops.repeated import repeated
 
 SCORES_AT_ONCE = 1 << 19
 """Scores that are computed at one time, about: they should stay in a core's cache. Measured: bench/attention.py."""
@@ -56,6 +58,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | No
     Raises:
         ValueError: shapes that do not fit each other or the layout.
     """
+    if has_torch_function((q, k, v)):  # whoever watches products sees this one
+        return handle_torch_function(attention, (q, k, v), q, k, v, layout, scale)
     rows, heads, tokens, width = q.shape
     if (rows, tokens) != (layout.rows, layout.tokens) or k.shape[:3] != v.shape[:3] or heads % k.shape[1]:
         raise ValueError(
@@ -105,6 +109,7 @@ class _Attention(torch.autograd.Function):
         return (*(part.view(rows, tokens, *part.shape[1:]).transpose(1, 2) for part in grads), None, None)
 
 
+@repeated
 def _forward(group: Group, causal: bool, scale: float, flat: list[Tensor], out: Tensor, logs: Tensor) -> None:
     """Write the outputs (tokens, H, E) of a group's spans, and the logarithms (tokens, H) of their denominators."""
     q, k, v = flat
@@ -134,6 +139,7 @@ def _forward(group: Group, causal: bool, scale: float, flat: list[Tensor], out: 
     _put_tiles(group, sums.unsqueeze(-1), share, logs.unsqueeze(-1))
 
 
+@repeated
 def _backward(
     group: Group,
     causal: bool,

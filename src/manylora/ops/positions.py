@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from manylora.ops.repeated import repeated
+
 TILE_POSITIONS = 512
 """Positions that share a tile: as fast as any number above, and twice the arithmetic for each weight that is read."""
 TILE_ELEMENTS = 3 << 18
@@ -61,6 +63,7 @@ def linear_nats(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | N
     return values if gradient is None else with_gradient(values, hidden, gradient)
 
 
+@repeated
 def _sweep(states: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor | None) -> Tensor:
     """Nats of a few positions, all tokens in tiles; their gradient is written to `gradient`."""
     count, wide = len(states), _wide(weight)

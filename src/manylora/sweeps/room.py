@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manylora.errors import UserError
-from manylora.training.footprint import choose_concurrency, free_bytes, member_bytes, token_bytes
+from manylora.training.checkpointing import checkpointed
+from manylora.training.fitting import asked
+from manylora.training.footprint import SAFETY_SHARE, choose_concurrency, free_bytes, member_bytes, token_bytes
 
 if TYPE_CHECKING:
     from manylora.adapters.adapter import Adapter
     from manylora.config import Config
     from manylora.training.member import Member
+    from manylora.training.memory import Plan, Planner
+    from manylora.training.memory_device import Device
     from manylora.training.prepare import Stock
 
 PROBED = 3
@@ -30,8 +34,10 @@ class Room:
     reason: str
 
 
-def room_for(config: Config, stock: Stock, likely: Sequence[Config], num_trials: int) -> Room:
-    """What a fleet may hold here; `likely` are configurations that the search proposes.
+def room_for(
+    config: Config, stock: Stock, likely: Sequence[Config], num_trials: int, *, free: int | None = None
+) -> Room:
+    """What a fleet may hold here, or in `free` bytes; `likely` are configurations that the search proposes.
 
     A member that turns out larger than those looked at waits until what it takes is free.
 
@@ -46,16 +52,18 @@ def room_for(config: Config, stock: Stock, likely: Sequence[Config], num_trials:
     made = _made(largest, stock)
     sizes = [member_bytes(stock.base, adapter, one.train.optimizer) for one, _, adapter in made]
     _, member, adapter = made[sizes.index(max(sizes))]
+    with checkpointed(stock.base, asked(config.train.checkpointing).mode):
+        activations = token_bytes(stock.base, adapter, member.objective, member.epochs)
     num_slots, budget_tokens, reason = choose_concurrency(
         num_trials=num_trials,
         members_per_trial=sweep.repeats * (sweep.folds or 1),
         search=sweep.search,
         asked=None if sweep.concurrent == "auto" else sweep.concurrent,
         bytes_per_member=max(sizes),
-        activations=token_bytes(stock.base, adapter, member.objective, member.epochs),
+        activations=activations,
         row_tokens=max(stock.row_tokens(one) for one in likely),
         step_tokens=stock.row_tokens(longest) * longest.train.rows_per_step,
-        free=free_bytes(stock.base.device),
+        free=free_bytes(stock.base.device) if free is None else free,
         device_type=stock.base.device.type,
     )
     resident = num_slots * max(sizes) if sweep.concurrent == "auto" else None
@@ -79,3 +87,42 @@ def _made(configs: Sequence[Config], stock: Stock) -> list[tuple[Config, Member,
     if not found and first is not None:
         raise first
     return found
+
+
+def planned_fleet(config: Config, where: Device | None) -> tuple[Planner, Config, Plan, str]:
+    """The plan of a sweep's concurrent members on a device (None: this one): all like the largest that is likely.
+
+    Also what planned it, the configuration of that member, and why so many train at once.
+
+    Raises:
+        UserError: what `sweep` would raise of the configuration, the base or the data.
+    """
+    from manylora.sweeps.run import DEFAULT_TRIALS, LIKELY, settled
+    from manylora.sweeps.search import Search
+    from manylora.sweeps.space import parse_space
+    from manylora.sweeps.trials import Trials
+    from manylora.training.memory import Planner
+    from manylora.training.memory_base import without_weights
+    from manylora.training.memory_trace import Trace
+
+    config, _ = settled(config)
+    assert config.sweep is not None
+    space = parse_space(config.sweep.space)
+    trials = Trials(config, space)
+    planner = Planner(trials.base, where)
+    stock = planner.stock_of(trials.base)
+    trials.check(stock.check)
+    num_trials = config.sweep.trials or (None if config.sweep.search == "grid" else DEFAULT_TRIALS)
+    search = Search(config.sweep.search, space, storage=None, seed=config.sweep.seed, num_trials=num_trials,
+                    study_name="planned")  # fmt: skip
+    proposed = (search.propose(number) for number in range(min(LIKELY, search.num_trials)))
+    likely = trials.possible(proposed, stock.check)
+    trace = Trace()
+    with without_weights(planner.hollow_as(trials.base), trace), trace.running():
+        weights = sum(block.num_bytes for block in trace.blocks if block.category == "weights")
+        free = int(SAFETY_SHARE * max(0, planner.device.free_bytes - weights))
+        room = room_for(config, stock, likely, search.num_trials, free=free)
+    kept = [one for one in likely if one.adapter.rank == max(other.adapter.rank for other in likely)]
+    largest = max(kept, key=lambda one: one.train.row_tokens * one.train.rows_per_step)
+    plan = planner.plan(largest, members=room.num_slots, budget_tokens=room.budget_tokens)
+    return planner, largest, plan, room.reason

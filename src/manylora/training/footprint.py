@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from torch import Tensor
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
-from manylora.base.language import CHUNK_ELEMENTS, LanguageBase
+from manylora.base.language import CHUNK_ELEMENTS, LanguageBase, LanguageOutputs
 from manylora.data.batches import Epochs
 from manylora.data.collate import batch_of
 from manylora.data.example import Example
 from manylora.data.packing import WIDTH_STEP, row_width
 from manylora.data.store import lengths_of
 from manylora.methods import METHODS
+from manylora.ops.positions import TILE_POSITIONS
+from manylora.training.memory_base import hollow_of, without_weights
+from manylora.training.memory_trace import Trace
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.plan import FIXED_TOKENS
 from manylora.types import IGNORED, Batch, Objective
@@ -127,13 +131,13 @@ def token_bytes(base: FrozenModel, adapter: Adapter, objective: Objective, epoch
 
 def saved_bytes(base: FrozenModel, forward: Callable[[], Any]) -> int:
     """Bytes that a forward keeps for its backward, each storage once; what the base and its bank own is not counted."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in _owned(base)}
+    own = {tensor.untyped_storage()._cdata for tensor in _owned(base)}
     held: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            held[storage._cdata] = storage.nbytes()
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -184,38 +188,40 @@ def _probe(base: FrozenModel, objective: Objective, rows: Sequence[Sequence[Any]
     return saved_bytes(base, forward)
 
 
-class _Whole:
-    """Outputs whose supervised positions are one chunk that is not computed again: what a chunk holds can be seen."""
-
-    def __init__(self, base: LanguageBase, states: Tensor):
-        self.base = base
-        self.states = states
-
-    def map_supervised(
-        self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
-    ) -> Mapping[str, Tensor]:
-        chosen = labels.ne(IGNORED)
-        values = fn(self.base.logits(self.states[chosen].requires_grad_()), labels[chosen])
-        return {name: value.sum().expand(len(labels)) for name, value in values.items()}
-
-
 def _chunk(base: FrozenModel, objective: Objective, row: Sequence[Any], epochs: Epochs) -> tuple[float, int]:
-    """Bytes of one supervised token while its chunk of the loss is computed, and the most tokens of a chunk."""
-    batch = _batch(base, [row], epochs)
-    tokens = int(batch.targets["labels"].ne(IGNORED).sum())
-    if not isinstance(base, LanguageBase) or not tokens:
+    """Bytes of a supervised token while the loss of a chunk is computed, and the most tokens that share them.
+
+    Followed on states without numbers, many enough for a whole chunk or tile: nothing is computed.
+    """
+    supervised = int(_batch(base, [row], epochs).targets["labels"].ne(IGNORED).sum())
+    if not isinstance(base, LanguageBase) or not supervised:
         return 0.0, 0
-    with base.bank.route(batch.slots):
-        with torch.no_grad():
-            states = base.outputs(batch).hidden
-        saved = saved_bytes(base, lambda: objective(_Whole(base, states), batch).total)
-    # And two gradients of the logits: the one that arrives, and the one that is made of it.
-    gradients = 2 * torch.float32.itemsize * base.vocabulary
-    return saved / tokens + gradients, max(1, CHUNK_ELEMENTS // base.vocabulary)
+    batch = _batch(base, [row] * math.ceil(TILE_POSITIONS / supervised), epochs)
+    labels = batch.targets["labels"]
+    head = None if base.post_head is None else base.head
+    size = base.vocabulary if head is None else head.get_parameter("weight").shape[-1]
+    with ExitStack() as stack:
+        trace = Trace.now
+        if trace is None:
+            trace = Trace()
+            stack.enter_context(without_weights(hollow_of(base), trace))
+            stack.enter_context(trace.running())
+        states = torch.empty(*labels.shape, size, dtype=base.dtype, device="cpu").requires_grad_()
+        begin = len(trace.events)
+        with base.bank.route(batch.slots):
+            objective(LanguageOutputs(base, states, batch), batch).total.sum().backward()
+        peak, _ = trace.peak(begin)
+    tokens = min(int(labels.ne(IGNORED).sum()), max(TILE_POSITIONS, CHUNK_ELEMENTS // base.vocabulary))
+    return peak / tokens, tokens
 
 
 def free_bytes(device: torch.device) -> int:
     """What a fleet may plan with on a device: a safe share of its free memory, a container's limit respected."""
+    return int(SAFETY_SHARE * available_bytes(device))
+
+
+def available_bytes(device: torch.device) -> int:
+    """The free memory of a device, a container's limit respected."""
     if device.type == "cuda":
         # What the allocator holds and does not use is free too.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -224,7 +230,7 @@ def free_bytes(device: torch.device) -> int:
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     else:
         free = min(psutil.virtual_memory().available, _left_in_container(Path("/sys/fs/cgroup")))
-    return max(0, int(SAFETY_SHARE * free))
+    return max(0, int(free))
 
 
 def _left_in_container(folder: Path) -> float:

@@ -11,8 +11,8 @@ from manylora.errors import ConfigError
 Verdict = Literal["go", "wait", "stop"]
 
 LATEST_SPLIT = 10
-"""No rule judges by itself before one of so many parts of the token budget: within the warmup losses tell nothing of the
-end. Judged at 1/27, the best of 32 trials was lost; at a tenth it was kept (docs/LOG.md, bench/halving.py)."""
+"""No rule judges by itself before one of so many parts of the token budget: within the warmup losses tell nothing of
+the end. Judged at 1/27, the best of 32 trials was lost; at a tenth it was kept (docs/LOG.md, bench/halving.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
