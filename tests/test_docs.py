@@ -89,6 +89,16 @@ def test_the_quantisation_pages_commands_run(newcomer: Path, tmp_path: Path) -> 
         assert done.returncode == 0 or refused, f"{line}\n{done.stderr}"
 
 
+def test_the_memory_pages_commands_run(newcomer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train.jsonl", "first.yaml"):
+        (tmp_path / name).write_text((newcomer / name).read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(blocks(ROOT / "docs" / "memory.md", "sh")).splitlines()
+    assert lines
+    for line in lines:
+        assert run(shlex.split(line)[1:]) == 0, line
+
+
 def test_the_sweep_pages_commands_run(newcomer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "sweeps.md"
