@@ -20,8 +20,8 @@ LEAST_BYTES = 32
 PINNED_SHARE = 0.03
 """Measured on 2026-11-21 with glibc 2.36 and `manylora train` of three steps: the heap over what was alive in it is
 1.26, 1.25 and 1.16 with bases of 6 M parameters in bfloat16 and float32 and of 135 M, and 2.5 where blocks of 288 MiB
-are many (a head of 131,072 tokens is trained). Simulated: 1.10, 1.03, 1.07 and 2.6. bench/plan.py shows what it comes to
-in all."""
+are many (a head of 131,072 tokens is trained). Simulated: 1.10, 1.03, 1.07 and 2.6. bench/plan.py shows what it comes
+to in all."""
 DRAWS = 7
 """Simulations of which the median counts: where blocks are few and large, much depends on which holes are pinned."""
 
