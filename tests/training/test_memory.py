@@ -102,6 +102,22 @@ def test_a_heap_with_pins_grows_over_rounds_and_never_below_what_is_alive():
     assert grown(events, rounds=3, pinned_share=0.5) > grown(events, rounds=1, pinned_share=0.5)
 
 
+def test_how_far_a_heap_of_few_large_blocks_grows_does_not_hang_on_small_ones():
+    def head(others: int) -> list[tuple[int, int]]:
+        """Small blocks, then tiles of a trained head: casts and gradients of its weight, the sum of which is kept."""
+        events, names, kept = [(-1 - other, 1000) for other in range(others)], iter(range(10**6)), None
+        for _ in range(16):
+            cast, scratch, grad, whole, total = (next(names) for _ in range(5))
+            events += [(cast, 144 << 20), (scratch, 144 << 20), (scratch, 0), (grad, 144 << 20), (cast, 0)]
+            events += [(whole, 288 << 20), (grad, 0), (total, 288 << 20), (whole, 0)]
+            events += [] if kept is None else [(kept, 0)]
+            kept = total
+        return events
+
+    found = [grown(head(others), rounds=3) for others in range(6)]
+    assert max(found) < 1.1 * min(found)
+
+
 def test_a_hollow_base_is_found_to_behave_as_the_real_one(tmp_path):
     base = load_base("builtin:tiny-en")
     found = hollow_base(config_of(tmp_path), "cpu").base

@@ -11,6 +11,8 @@ from __future__ import annotations
 import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from math import sqrt
+from statistics import mean, stdev
 
 ALIGNMENT = 64
 """Of tensors' storages, in bytes. Source: c10's CPU allocator."""
@@ -20,10 +22,13 @@ LEAST_BYTES = 32
 PINNED_SHARE = 0.03
 """Measured on 2026-11-21 with glibc 2.36 and `manylora train` of three steps: the heap over what was alive in it is
 1.26, 1.25 and 1.16 with bases of 6 M parameters in bfloat16 and float32 and of 135 M, and 2.5 where blocks of 288 MiB
-are many (a head of 131,072 tokens is trained). Simulated: 1.10, 1.03, 1.07 and 2.6. bench/plan.py shows what it comes
+are many (a head of 131,072 tokens is trained). Simulated: 1.10, 1.03, 1.07 and 2.4. bench/plan.py shows what it comes
 to in all."""
-DRAWS = 7
-"""Simulations of which the median counts: where blocks are few and large, much depends on which holes are pinned."""
+LEAST_DRAWS, MOST_DRAWS = 7, 64
+DRAWN_TO = 0.03
+"""Simulations go on until the standard error of their mean is that share of it. Where blocks are few and large, much
+depends on which holes are pinned: with blocks of 288 MiB simulations differ by a sixth (standard deviation), and the
+same run held 3450 and 3617 MiB; with blocks of a few MiB seven simulations do."""
 
 
 class Heap:
@@ -93,10 +98,14 @@ class Heap:
 def grown(events: Sequence[tuple[int, int]], *, rounds: int = 1, pinned_share: float = PINNED_SHARE) -> int:
     """Bytes that a heap grows to by events (block, bytes) that take a block, or with bytes 0 free it, `rounds` times.
 
-    Blocks that a round leaves are freed at its end. The median of `DRAWS` simulations.
+    Blocks that a round leaves are freed at its end. The mean of simulations that differ in which holes are pinned.
     """
-    found = sorted(_grown(events, rounds, Heap(pinned_share, seed)) for seed in range(DRAWS))
-    return found[DRAWS // 2]
+    found: list[int] = []
+    for seed in range(MOST_DRAWS):
+        found.append(_grown(events, rounds, Heap(pinned_share, seed)))
+        if len(found) >= LEAST_DRAWS and stdev(found) / sqrt(len(found)) <= DRAWN_TO * mean(found):
+            break
+    return round(mean(found))
 
 
 def _grown(events: Sequence[tuple[int, int]], rounds: int, heap: Heap) -> int:
