@@ -11,7 +11,7 @@ from manylora.config import load_config
 from manylora.errors import ConfigError
 from manylora.ops.attention import attention
 from manylora.ops.attention_layout import Layout
-from manylora.training.memory import CATEGORIES, Planner, expected
+from manylora.training.memory import CATEGORIES, Planner
 from manylora.training.memory_advice import changes
 from manylora.training.memory_base import hollow_base, hollow_of, without_weights
 from manylora.training.memory_device import Device, parse_device
@@ -139,7 +139,6 @@ def test_weights_adapters_and_states_are_counted_to_the_byte(tmp_path, device):
     assert tuple(plan.categories) == CATEGORIES
     assert sum(plan.categories.values()) == plan.total_bytes == max(plan.phases.values())
     assert plan.fits
-    assert "GiB" in expected(plan)
 
 
 @pytest.mark.parametrize(

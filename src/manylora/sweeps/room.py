@@ -26,12 +26,16 @@ PROBED = 3
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many slots there are, the tokens of one forward, the bytes that residents hold together, and why."""
+    """How many slots there are, the tokens of one forward, the bytes that residents hold together, and why.
+
+    `coming_bytes` is what the members and their largest forward will hold; None: not known.
+    """
 
     num_slots: int
     budget_tokens: int
     resident_bytes: int | None
     reason: str
+    coming_bytes: int | None = None
 
 
 def room_for(
@@ -54,6 +58,8 @@ def room_for(
     _, member, adapter = made[sizes.index(max(sizes))]
     with checkpointed(stock.base, asked(config.train.checkpointing).mode):
         activations = token_bytes(stock.base, adapter, member.objective, member.epochs)
+    row_tokens = max(stock.row_tokens(one) for one in likely)
+    step_tokens = stock.row_tokens(longest) * longest.train.rows_per_step
     num_slots, budget_tokens, reason = choose_concurrency(
         num_trials=num_trials,
         members_per_trial=sweep.repeats * (sweep.folds or 1),
@@ -61,13 +67,15 @@ def room_for(
         asked=None if sweep.concurrent == "auto" else sweep.concurrent,
         bytes_per_member=max(sizes),
         activations=activations,
-        row_tokens=max(stock.row_tokens(one) for one in likely),
-        step_tokens=stock.row_tokens(longest) * longest.train.rows_per_step,
+        row_tokens=row_tokens,
+        step_tokens=step_tokens,
         free=free_bytes(stock.base.device) if free is None else free,
         device_type=stock.base.device.type,
     )
     resident = num_slots * max(sizes) if sweep.concurrent == "auto" else None
-    return Room(num_slots, budget_tokens, resident, reason)
+    rows = max(1, min(budget_tokens, num_slots * step_tokens) // row_tokens)
+    coming = num_slots * max(sizes) + activations.total(rows, row_tokens, num_slots) if activations.followed else None
+    return Room(num_slots, budget_tokens, resident, reason, coming)
 
 
 def _made(configs: Sequence[Config], stock: Stock) -> list[tuple[Config, Member, Adapter]]:

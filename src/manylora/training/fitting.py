@@ -29,6 +29,7 @@ class Fit:
     """How layers are computed, the most tokens of a forward (None: any), whether that is tried first, and why.
 
     `may_change`: what checkpointing is was left to the run, which may therefore choose a stronger one later.
+    `coming_bytes` is what the member and its largest step will hold; None: not known.
     """
 
     mode: Mode = "none"
@@ -36,6 +37,7 @@ class Fit:
     probes: bool = False
     may_change: bool = False
     reason: str = ""
+    coming_bytes: int | None = None
 
 
 def asked(mode: str) -> Fit:
@@ -53,7 +55,8 @@ def fit(base: FrozenModel, member: Member, adapter: Adapter, mode: str, *, devic
         ConfigError: the mode needs layers that the base does not have.
     """
     free = free_bytes(base.device) if device_free is None else device_free
-    free = max(0, free - member_bytes(base, adapter, member.recipe.optimizer))
+    own = member_bytes(base, adapter, member.recipe.optimizer)
+    free = max(0, free - own)
     recipe = member.recipe
     rows, (_, width) = math.ceil(recipe.rows_per_step / recipe.accumulate), widest_row(member)
     measured: dict[str, ActivationModel] = {}
@@ -80,7 +83,10 @@ def fit(base: FrozenModel, member: Member, adapter: Adapter, mode: str, *, devic
         reason += f"; up to {budget:,} tokens a forward"
         totals[chosen] = measured[chosen].total(budget // width, width)
     probes = totals[chosen] > PROBED_SHARE * free
-    return Fit(mode=chosen, budget_tokens=budget, probes=probes, may_change=mode == "auto", reason=reason)
+    coming = own + totals[chosen] if measured[chosen].followed else None
+    return Fit(
+        mode=chosen, budget_tokens=budget, probes=probes, may_change=mode == "auto", reason=reason, coming_bytes=coming
+    )
 
 
 def kept_fit(folder: Path) -> Fit | None:

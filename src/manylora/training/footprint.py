@@ -61,7 +61,8 @@ class ActivationModel:
     """Bytes that a forward keeps for its backward: `fixed` of each member in it, `linear` and `quadratic` of each row.
 
     A row of w tokens holds linear w + quadratic w^2. `chunk` is what one supervised token of a chunk of the loss takes
-    while the backward computes that chunk again, `chunk_tokens` the most tokens of a chunk.
+    while the backward computes that chunk again, `chunk_tokens` the most tokens of a chunk. Where the loss could not be
+    `followed` without numbers, both are 0.
 
     Source: the form is that of mLoRA (2312.02515), b0 + b1 B L + b2 B L^2; here measured before the first step instead
     of fitted while training.
@@ -72,6 +73,7 @@ class ActivationModel:
     quadratic: float
     chunk: float = 0.0
     chunk_tokens: int = 0
+    followed: bool = True
 
     def saved(self, rows: int, width: int, members: int = 1) -> int:
         """What is kept from the forward to the backward."""
@@ -125,8 +127,11 @@ def token_bytes(base: FrozenModel, adapter: Adapter, objective: Objective, epoch
             per_wide = _probe(base, objective, [long], epochs) - fixed
             quadratic = max(0.0, (per_wide / wide - per_row / narrow) / (wide - narrow))
             linear = per_wide / wide - quadratic * wide
-        chunk, chunk_tokens = _chunk(base, objective, short, epochs)
-    return ActivationModel(fixed, linear, quadratic, chunk, chunk_tokens)
+        try:
+            chunk, chunk_tokens, followed = *_chunk(base, objective, short, epochs), True
+        except (RuntimeError, NotImplementedError):  # what torch raises of operations that need numbers
+            chunk, chunk_tokens, followed = 0.0, 0, False
+    return ActivationModel(fixed, linear, quadratic, chunk, chunk_tokens, followed)
 
 
 def saved_bytes(base: FrozenModel, forward: Callable[[], Any]) -> int:

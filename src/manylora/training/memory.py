@@ -233,15 +233,6 @@ def planned(
     return Planner(config, device, objects=objects).plan(config, members=members, budget_tokens=budget_tokens)
 
 
-def expected(plan: Plan) -> str:
-    """The line that says before a run what it will hold."""
-    verdict = "of" if plan.fits else "MORE THAN the"
-    return (
-        f"expected peak memory {plan.total_bytes / 2**30:.2f} GiB ({plan.phase}), {verdict} "
-        f"{plan.device.free_bytes / 2**30:.2f} GiB that are free"
-    )
-
-
 def peak_bytes(device: torch.device) -> int:
     """Peak memory so far: of the device's allocator on CUDA, resident memory of the process elsewhere."""
     if device.type == "cuda":

@@ -24,6 +24,7 @@ from manylora.training.checkpoint import Checkpoints
 from manylora.training.checkpointing import checkpointed
 from manylora.training.console import Progress
 from manylora.training.events import EventLog
+from manylora.training.expected import expected
 from manylora.training.fitting import Fit, asked, fit, keep_fit, kept_fit
 from manylora.training.folder import RunFolder
 from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
@@ -116,7 +117,8 @@ def train(
     chosen = kept_fit(folder.checkpoints) if resume else None
     if chosen is None:
         chosen = fit(stock.base, *made, config.train.checkpointing)
-    for note in (*stock.new_notes(), chosen.reason):
+    foreseen = expected(stock.base, chosen.coming_bytes, num_steps=made[0].recipe.last_step)
+    for note in (*stock.new_notes(), chosen.reason, foreseen.line()):
         console.note(note)
     folder.begin(config)
     folder.write_manifest(stock.base, stock.facts)
@@ -146,7 +148,7 @@ def train(
         console.note(
             f"the state of step {member.best_step} is kept: it has the lowest eval loss, {member.best_loss:.4f}"
         )
-    summary = _finish(config, folder, stock, member, wall, console)
+    summary = _finish(config, folder, stock, member, wall, foreseen.peak_bytes, console)
     return Result(folder.path, summary)
 
 
@@ -250,7 +252,13 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _finish(
-    config: Config, folder: RunFolder, stock: Stock, member: Member, wall: float, console: Progress
+    config: Config,
+    folder: RunFolder,
+    stock: Stock,
+    member: Member,
+    wall: float,
+    expected_peak_bytes: int | None,
+    console: Progress,
 ) -> dict[str, Any]:
     """Measure base and adapter on the held-out rows, and write summary and report."""
     base, path = stock.base, folder.adapter(member.name)
@@ -273,6 +281,7 @@ def _finish(
         "tokens_per_s": member.tokens / wall if wall > 0 else 0.0,
         "wall_s": wall,
         "peak_bytes": peak_bytes(base.device),
+        "expected_peak_bytes": expected_peak_bytes,
         "trainable_parameters": adapter.num_parameters(),
         "base_parameters": base.num_parameters(),
     }

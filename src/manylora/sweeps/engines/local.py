@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from manylora.files import write_json_atomic
 from manylora.sweeps.engines import Engine
 from manylora.sweeps.room import Room, room_for
+from manylora.training.expected import expected
 from manylora.training.run import run_loop, save_member
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(
         room = room_for(config, stock, likely, director.num_trials)
         folder.checkpoints.mkdir(exist_ok=True)
         write_json_atomic(kept, asdict(room))
-    for note in (*stock.new_notes(), room.reason):
+    for note in (*stock.new_notes(), room.reason, expected(stock.base, room.coming_bytes).line()):
         ledger.note(note)
     run_loop(
         stock,
