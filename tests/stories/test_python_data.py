@@ -106,11 +106,11 @@ def test_a_module_learns_from_a_tensor_dataset(module_settings):
 
 
 def test_a_module_is_killed_and_resumed_to_the_same_factors(module_settings, tmp_path, monkeypatch):
-    from manylora.training import loop
+    from manylora.training import at_once
 
     whole = manylora.train(module_settings, base=manylora.FrozenModel(net()), train_data=points(320, 1))
     steps = {"output": str(tmp_path / "cut"), "checkpoint.every_steps": 7}
-    ran = loop.train_step
+    ran = at_once.train_step
     calls = iter(range(100))
 
     def dies(*args):
@@ -118,7 +118,7 @@ def test_a_module_is_killed_and_resumed_to_the_same_factors(module_settings, tmp
             raise SystemExit
         return ran(*args)
 
-    monkeypatch.setattr(loop, "train_step", dies)
+    monkeypatch.setattr(at_once, "train_step", dies)
     with pytest.raises(SystemExit):
         manylora.train(module_settings, overrides=steps, base=manylora.FrozenModel(net()), train_data=points(320, 1))
     monkeypatch.undo()

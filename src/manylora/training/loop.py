@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from manylora.adapters.adapter import Adapter
 from manylora.base.frozen import FrozenModel
-from manylora.errors import NonFiniteLoss, OutOfMemory, UserError
+from manylora.errors import NonFiniteLoss, UserError
 from manylora.evaluation.evaluate import evaluate_losses
 from manylora.ops.allocator import give_back_freed
+from manylora.training.at_once import AtOnce
 from manylora.training.checkpoint import Checkpoints, Kept
 from manylora.training.checkpointing import Checkpointing
 from manylora.training.footprint import member_bytes
@@ -26,7 +27,7 @@ from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import StackedOptimizer
 from manylora.training.plan import admissible
 from manylora.training.source import Ending, Report, Source, Verdict
-from manylora.training.step import ForwardTooLarge, StepResult, probe_step, train_step
+from manylora.training.step import ForwardTooLarge, StepResult
 from manylora.types import Factors
 
 
@@ -96,8 +97,9 @@ class Loop:
         self.recorder = recorder
         self.checkpoints = checkpoints
         self.settings = settings or LoopSettings()
-        self.checkpointing = checkpointing
-        self.budget_tokens = self.settings.budget_tokens
+        self.at_once = AtOnce(
+            base, self.settings.budget_tokens, checkpointing, self._shrunk, strengthens=self.settings.strengthens
+        )
         self.hand = hand or (lambda member, adapter: None)
         self.members: dict[str, Member] = {}
         self.waiting: dict[str, int] = {}
@@ -126,9 +128,7 @@ class Loop:
         if found is None:
             return None
         self.source.restore(found.source)
-        self.budget_tokens = found.memory.get("budget_tokens", self.budget_tokens)
-        if self.checkpointing is not None:
-            self.checkpointing.set(found.memory.get("checkpointing", self.checkpointing.mode))
+        self.at_once.restore(found.memory)
         self.waiting, self.ended = dict(found.waiting), dict(found.ended)
         for name, progress in found.running.items():
             member, adapter = self._made(name)
@@ -152,10 +152,10 @@ class Loop:
         """
         self._take_orders()
         if self.settings.probes:
-            self._probe()
+            self.at_once.probe(self.running)
         while running := self.running:
             started = time.perf_counter()
-            results = self._step(running)
+            results = self.at_once.step(self.optimizers, running)
             seconds = time.perf_counter() - started
             self.tick += 1
             for member in running:
@@ -187,66 +187,16 @@ class Loop:
             coming = self._arriving
             arriving = None if coming is None else (coming.event, coming.member.name, coming.member.step)
             state = self.source.state()
-            self.checkpoints.save(self.tick, running, self.waiting, self.ended, state, arriving, self._memory())
+            self.checkpoints.save(self.tick, running, self.waiting, self.ended, state, arriving, self.at_once.state())
             self.saved_at = self.tick
             self._event("checkpoint", step=self.tick)
 
-    # -- memory --------------------------------------------------------------------------------------------------------
-
-    def _step(self, running: Sequence[Member]) -> dict[str, StepResult]:
-        """One step of all, in forwards as large as memory holds."""
-        while True:
-            try:
-                return train_step(self.base, self.optimizers, running, self.budget_tokens)
-            except ForwardTooLarge as error:
-                self._make_room(error)
-
-    def _probe(self) -> None:
-        """Try the largest batch there can be, so that what memory does not hold shows now and not at its own step."""
-        while running := self.running:
-            try:
-                probe_step(self.base, running, self.budget_tokens)
-                return
-            except ForwardTooLarge as error:
-                self._make_room(error)
-
-    def _make_room(self, error: ForwardTooLarge) -> None:
-        """From now on less at once: half of the tokens that were too many, and where that was one row, less of it kept.
-
-        A checkpoint is written at once, so that a run that resumes computes the same steps in the same forwards.
-
-        Raises:
-            OutOfMemory: there is no less.
-        """
-        if error.rows > 1:
-            self.budget_tokens = error.half_tokens
-            done = f"steps are computed {self.budget_tokens:,} tokens at a time, or a row; the result stays as it is"
-        else:
-            stronger = self.checkpointing.stronger() if self.checkpointing and self.settings.strengthens else None
-            if self.checkpointing is None or stronger is None:
-                raise OutOfMemory(error.what, next_step=self._advice()) from None
-            self.checkpointing.set(stronger)
-            done = f"checkpointing is {stronger}; the result stays as it is"
+    def _shrunk(self, error: ForwardTooLarge, done: str) -> None:
+        """Less is computed at once from now on: a run that resumes must compute the same steps in the same forwards."""
         self.recorder.note(f"{error.what}; from now on {done}")
-        self._event("out_of_memory", rows=error.rows, tokens=error.tokens, **self._memory())
+        self._event("out_of_memory", rows=error.rows, tokens=error.tokens, **self.at_once.state())
         self.saved_at = None
         self.save()
-
-    def _memory(self) -> dict[str, Any]:
-        """What decides how much is held at once."""
-        mode = "none" if self.checkpointing is None else self.checkpointing.mode
-        return {"budget_tokens": self.budget_tokens, "checkpointing": mode}
-
-    def _advice(self) -> str:
-        """What may be changed where one row does not fit."""
-        steps = ["lower train.row_tokens"]
-        if self.checkpointing is not None and self.checkpointing.stronger() is not None:
-            steps.insert(0, f"set train.checkpointing to auto or {self.checkpointing.stronger()}")
-        if self.base.storage is None:
-            steps.append("store the base in fewer bits (quantize: nf4)")
-        if len(self.running) > 1:
-            steps.append("let fewer members train at once (sweep.concurrent)")
-        return f"{', or '.join(steps)}, or adapt only the upper layers (adapter.layers): below them nothing is kept"
 
     # -- members come and go -------------------------------------------------------------------------------------------
 
@@ -432,7 +382,7 @@ class Loop:
         first = members[0]
         row_tokens = first.epochs.row_tokens
         at_once = max(member.recipe.rows_per_step for member in members)
-        budget = self.budget_tokens or at_once * row_tokens
+        budget = self.at_once.budget_tokens or at_once * row_tokens
         self.recorder.stage("evaluating")
         found = evaluate_losses(
             self.base,
