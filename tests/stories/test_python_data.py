@@ -125,6 +125,9 @@ def test_a_module_is_killed_and_resumed_to_the_same_factors(module_settings, tmp
     again = manylora.train(
         module_settings, overrides=steps, resume=True, base=manylora.FrozenModel(net()), train_data=points(320, 1)
     )
+    steps_before, per_step = 28, again.summary["tokens"] / again.summary["steps"]
+    trained = again.summary["tokens_per_s"] * again.summary["wall_s"]  # by this process
+    assert trained == pytest.approx(again.summary["tokens"] - steps_before * per_step, rel=0.1)
     first, second = (
         (run.run / "adapters" / "main" / "adapter_model.safetensors").read_bytes() for run in (whole, again)
     )

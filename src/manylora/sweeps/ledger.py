@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.files import write_json_atomic
 from manylora.sweeps.leaderboard import FILE_NAME, Entry, write_csv
+from manylora.training.events import read_events
 
 if TYPE_CHECKING:
     from manylora.config import SweepConfig
@@ -52,10 +53,20 @@ class Ledger:
         self._speeds: dict[str | None, float] = {}
         self._written_at = 0.0
         self._started = False
+        self._before: dict[str, int] = {}
+        self._tokens_before = 0
+
+    @property
+    def trained_tokens(self) -> int:
+        """What this process has trained: a resumed sweep began with what the log tells of the one before."""
+        return self._tokens() - self._tokens_before if self._started else 0
 
     def open(self, log: EventLog, trackers: Trackers) -> Ledger:
         """Itself, from now on writing to a run's log and trackers."""
         self._log, self._trackers = log, trackers
+        self._before = {
+            event["member"]: event["tokens"] for event in read_events(self._run) if event["event"] == "step"
+        }
         return self
 
     def headlines(self) -> list[str]:
@@ -75,7 +86,8 @@ class Ledger:
         assert self._trackers is not None
         if not self._started:
             self._started = True
-            self._board.start(self._expected(), done=sum(entry.tokens for entry in self._director.entries()))
+            self._look_back()
+            self._board.start(self._expected(), done=self._tokens_before)
         self._log.write(name, **fields)
         if name in ("step", "eval"):
             self._director.seen(fields["member"], fields["tokens"], fields["loss"] if name == "eval" else None)
@@ -118,11 +130,21 @@ class Ledger:
         self._written_at = time.monotonic()
         return told
 
+    def _look_back(self) -> None:
+        """Know of members under way what they trained before: their source knows it of the last judgement alone."""
+        for name, tokens in self._before.items():
+            member = self._director.members.get(name)
+            if member is not None and not member.ended:
+                self._director.seen(name, tokens, None)
+        self._tokens_before = self._tokens()
+
+    def _tokens(self) -> int:
+        return sum(entry.tokens for entry in self._director.entries())
+
     def _progress(self) -> None:
-        entries = self._director.entries()
         running = sum(1 for member in self._director.members.values() if member.state == "running")
         speed = sum(self._speeds.values())
-        self._board.members(sum(entry.tokens for entry in entries), self._expected(), running, speed or None)
+        self._board.members(self._tokens(), self._expected(), running, speed or None)
 
     def _expected(self) -> int:
         """Tokens that the sweep will train as things stand: it falls as trials are stopped."""

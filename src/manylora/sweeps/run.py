@@ -160,7 +160,7 @@ def _finish(
         "trials": len(director.trials),
         "tokens": told["tokens"],
         "full_tokens": told["full_tokens"],
-        "tokens_per_s": told["tokens"] / wall if wall > 0 else 0.0,
+        "tokens_per_s": ledger.trained_tokens / wall if wall > 0 else 0.0,
         "wall_s": wall,
         "peak_bytes": peak_bytes(stock.base.device),
         "trainable_parameters": adapter.num_parameters(),

@@ -111,6 +111,8 @@ class Loop:
         self.best: dict[str, Mapping[str, Factors]] = {}
         self.tick = 0
         self.saved_at: int | None = None
+        self.tokens_before = 0
+        """What its members had trained when it was resumed."""
 
     @property
     def running(self) -> list[Member]:
@@ -139,6 +141,7 @@ class Loop:
             event, name, step = found.arriving
             self.waiting |= {name: step} if event == "continued" else {}
             self._arriving = self._arrival(event, name)
+        self.tokens_before = sum(one["tokens"] for one in (*found.running.values(), *found.ended.values()))
         self.tick = self.saved_at = found.tick
         return self.tick
 

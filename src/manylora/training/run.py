@@ -148,7 +148,13 @@ def train(
         console.note(
             f"the state of step {member.best_step} is kept: it has the lowest eval loss, {member.best_loss:.4f}"
         )
-    summary = _finish(config, folder, stock, member, wall, foreseen.peak_bytes, console)
+    trained = member.tokens - loop.tokens_before
+    measured = {
+        "tokens_per_s": trained / wall if wall > 0 else 0.0,
+        "wall_s": wall,
+        "expected_peak_bytes": foreseen.peak_bytes,
+    }
+    summary = _finish(config, folder, stock, member, measured, console)
     return Result(folder.path, summary)
 
 
@@ -256,11 +262,10 @@ def _finish(
     folder: RunFolder,
     stock: Stock,
     member: Member,
-    wall: float,
-    expected_peak_bytes: int | None,
+    measured: Mapping[str, Any],
     console: Progress,
 ) -> dict[str, Any]:
-    """Measure base and adapter on the held-out rows, and write summary and report."""
+    """Measure base and adapter on the held-out rows, and write summary and report; `measured` is of this process."""
     base, path = stock.base, folder.adapter(member.name)
     adapter = Adapter.load(path)
     scores: dict[str, dict[str, Any]] = {}
@@ -278,10 +283,8 @@ def _finish(
         "steps": member.step,
         "best_step": member.best_step or member.step,
         "tokens": member.tokens,
-        "tokens_per_s": member.tokens / wall if wall > 0 else 0.0,
-        "wall_s": wall,
+        **measured,
         "peak_bytes": peak_bytes(base.device),
-        "expected_peak_bytes": expected_peak_bytes,
         "trainable_parameters": adapter.num_parameters(),
         "base_parameters": base.num_parameters(),
     }
