@@ -4,7 +4,8 @@
 
 Both train the same adapter (rank 16 on every linear site, written by PEFT and read by manylora) on the same rows of 512
 tokens, in the same order, with AdamW, each in a process and an environment of its own. manylora's side is `manylora
-train` on a configuration, all that a run writes included, stopped between steps. First, in float32 on a small base,
+train` on a configuration, all that a run writes included, stopped between steps; a second one has its layers compiled
+(`train.compile: layers`). First, in float32 on a small base,
 loss and the gradient of every factor must agree; then, in bfloat16 on a random Llama of 135 M parameters, the loss of
 every step that is timed. The two take turns. Memory is the peak over what the process holds after its imports. Writes
 bench/results/lora_step.json, and ends with an error where a bound is not kept.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def main() -> None:
     asked = arguments().parse_args()
     with tempfile.TemporaryDirectory() as place:
         figures = same_gradients(Path(place) / "small", asked.rows)
-        figures |= against_peft(Path(place) / "full", asked)
+        figures |= against_peft(Path(place) / "full", asked, compiles=True)
     finish("lora_step", figures, BOUNDS, asked)
 
 
@@ -135,23 +137,36 @@ def same_gradients(
     return {"loss_difference": loss, "gradient_difference": worst, "factors_compared": len(mine)}
 
 
-def against_peft(place: Path, asked: argparse.Namespace, **settings: Any) -> dict[str, Any]:
-    """Speed and memory of both on the large base, once every step had the same loss."""
+def against_peft(place: Path, asked: argparse.Namespace, *, compiles: bool = False, **settings: Any) -> dict[str, Any]:
+    """Speed and memory on the large base, once every step had the same loss; `compiles`: also with compiled layers."""
     steps = asked.rounds + 2
     job = Job(place, layers=asked.layers, vocabulary=asked.vocabulary, dtype="bfloat16", rows=asked.rows, steps=steps,
               threads=asked.threads, **settings)  # fmt: skip
-    with ours("run", {"config": job.config}, asked.threads) as own, peers("plain", job.peers, asked.threads) as other:
-        workers = {"ours": own, "peft": other}
+    configs = {"ours": {**job.config, "train": {**job.config["train"], "compile": "off"}}}
+    if compiles:
+        train = {**job.config["train"], "compile": "layers"}
+        configs["compiled"] = {**job.config, "train": train, "output": str(place / "run-compiled")}
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(ours("run", {"config": config}, asked.threads))
+            for name, config in configs.items()
+        }
+        workers["peft"] = stack.enter_context(peers("plain", job.peers, asked.threads))
         warm = take_turns(workers, 1, 1)
         answers = take_turns(workers, asked.rounds, 1)
     losses = {
         name: [*worker.opened["losses"], *(loss for one in warm[name] + answers[name] for loss in one["losses"])]
         for name, worker in workers.items()
     }
-    off = max(abs(mine - want) / want for mine, want in zip(losses["ours"], losses["peft"], strict=True))
+    off = max(
+        abs(mine - want) / want for name in configs for mine, want in zip(losses[name], losses["peft"], strict=True)
+    )
     if not off <= TOLERANCE["bfloat16"]:
         raise SystemExit(f"the losses of the timed steps differ by up to {off:.1e}: {losses}")
     found = speeds(answers, "ours") | memory(answers, "ours")
+    if compiles:
+        found["times_compiled"] = speeds(answers, "compiled")["times"]["peft"]
+        found["memory_ratio_compiled"] = memory(answers, "compiled")["memory_ratio"]["peft"]
     return {
         "tokens_a_step": asked.rows * ROW_TOKENS,
         **found,

@@ -230,6 +230,9 @@ class TrainConfig(Section):
         default="auto",
         description="what layers compute again: none, selective (all but products), full; auto: as memory asks",
     )
+    compile: Literal["auto", "off", "layers"] = Field(
+        default="auto", description="torch.compile of the layers; auto: in long runs, where a try shows them faster"
+    )
 
     @model_validator(mode="after")
     def _micro_batches_hold_rows(self) -> Self:
@@ -240,6 +243,11 @@ class TrainConfig(Section):
             )
         if self.steps is not None and self.tokens is not None:
             raise ConfigError("train.steps and train.tokens are both given", allowed="one of them")
+        if self.compile == "layers" and self.checkpointing == "selective":
+            raise ConfigError(
+                "train.checkpointing is selective, which watches products that train.compile: layers hides from it",
+                allowed="train.checkpointing none, full or auto, or train.compile off",
+            )
         return self
 
 

@@ -66,6 +66,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.clip_norm": (1e-4, {}),
     "train.seed": (5, {}),
     "train.checkpointing": ("full", {}),
+    "train.compile": ("layers", {}),
     "evaluate.every_steps": (1, {}),
     "evaluate.at_tokens": ([20], {"evaluate.every_steps": 100}),
     "evaluate.max_new_tokens": (2, {}),
@@ -201,7 +202,7 @@ def test_a_key_changes_something(key: str, places: dict[str, Path], tmp_path: Pa
     without = seen_of(beside, places, tmp_path / "without", sweeps=sweeps)
     with_it = seen_of(beside | {key: value}, places, tmp_path / "with", sweeps=sweeps)
     assert key in SHOWN_BY_REFUSAL or not {"refused"} & (with_it.keys() | without.keys()), (with_it, without)
-    if key in ("train.accumulate", "train.checkpointing"):
+    if key in ("train.accumulate", "train.checkpointing", "train.compile"):
         # Keys whose promise is that the result stays as it is: what they change is how much is held at once.
         assert with_it["adapter"] == pytest.approx(without["adapter"], rel=1e-6, abs=1e-5)
         assert key == "train.accumulate" or with_it["events"] != without["events"]

@@ -308,7 +308,9 @@ def test_a_run_keeps_its_choice_and_resumes_with_it(tiny_base_folder: Path, tmp_
     monkeypatch.setattr(run.Loop, "run", kept)
     monkeypatch.setattr(fitting, "free_bytes", lambda device: 10**12)  # now there is room, and it is not used
     seen = []
-    monkeypatch.setattr(run, "checkpointed", lambda base, mode: seen.append(mode) or checkpointed(base, mode))
+    monkeypatch.setattr(
+        run, "checkpointed", lambda base, mode, *rest: seen.append(mode) or checkpointed(base, mode, *rest)
+    )
     run.train(config, resume=True)
     assert seen == ["full"]
     events = read_events(tmp_path / "run")

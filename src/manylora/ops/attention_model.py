@@ -86,6 +86,19 @@ def attention_fallbacks() -> Iterator[Counter[str]]:
         _fallbacks.reset(token)
 
 
+@contextmanager
+def opaque_attention() -> Iterator[None]:
+    """While it is open, a compiled model calls this attention as it is, and does not look into it."""
+    from transformers import AttentionInterface
+
+    register()
+    AttentionInterface.register(NAME, torch.compiler.disable(_attend))
+    try:
+        yield
+    finally:
+        AttentionInterface.register(NAME, _attend)
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((part.dtype for part in model.parameters() if part.is_floating_point()), torch.float32)
 

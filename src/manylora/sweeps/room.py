@@ -56,7 +56,7 @@ def room_for(
     made = _made(largest, stock)
     sizes = [member_bytes(stock.base, adapter, one.train.optimizer) for one, _, adapter in made]
     _, member, adapter = made[sizes.index(max(sizes))]
-    with checkpointed(stock.base, asked(config.train.checkpointing).mode):
+    with checkpointed(stock.base, asked(config.train).mode):
         activations = token_bytes(stock.base, adapter, member.objective, member.epochs)
     row_tokens = max(stock.row_tokens(one) for one in likely)
     step_tokens = stock.row_tokens(longest) * longest.train.rows_per_step

@@ -21,6 +21,7 @@ from manylora.sweeps.space import parse_space
 from manylora.sweeps.stopping import RULES, settings_of
 from manylora.sweeps.trials import Trials, levels_of
 from manylora.training.checkpointing import Checkpointing
+from manylora.training.compiling import check_compiles
 from manylora.training.fitting import asked
 from manylora.training.folder import RunFolder
 from manylora.training.memory import peak_bytes
@@ -91,7 +92,10 @@ def sweep(
     likely = trials.possible(proposed, stock.check)
     engine = ENGINES.get(config.sweep.engine)
     engine.check(config)
-    Checkpointing(stock.base, asked(config.train.checkpointing).mode)  # refused where the base has no layers for it
+    layers = asked(config.train)  # refused where the base has none
+    Checkpointing(stock.base, layers.mode)
+    if layers.compiled:
+        check_compiles(stock.base)
     for note in (*stock.new_notes(), *notes):
         board.note(note)
     folder.begin(config)

@@ -13,13 +13,14 @@ from manylora.sweeps.space import Choices, Space
 SHARED = "all members of a sweep stand on one base: run one sweep for each"
 COMPARED = "trials are compared on the same held-out rows"
 SAME_RUN = "a sweep is one run"
+LAYERS = "the layers of the one base are computed alike for all members"
 FIXED = {
     **dict.fromkeys(("base", "dtype", "device", "quantize", "trust_remote_code", "data.chat_template", "task"), SHARED),
     **dict.fromkeys(("data.eval", "data.eval_fraction", "data.fold", "data.split_seed"), COMPARED),
     **dict.fromkeys(("data.format", "data.columns", "data.overflow", "data.turns", "data.on_bad_row"), COMPARED),
     "evaluate.max_examples": COMPARED,
     **dict.fromkeys(("output", "track", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.select"), SAME_RUN),
-    "train.checkpointing": "the layers of the one base are computed alike for all members",
+    **dict.fromkeys(("train.checkpointing", "train.compile"), LAYERS),
     "evaluate.at_tokens": "levels are laid by sweep.stop",
     "train.stop_after": "sweep.stop says how long a trial is trained",
 }

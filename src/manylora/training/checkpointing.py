@@ -33,8 +33,10 @@ class Checkpointing:
     again would lower no peak. `layers` is empty where none were found; then only `none` can be.
     """
 
-    def __init__(self, base: FrozenModel, mode: Mode = "none"):
+    def __init__(self, base: FrozenModel, mode: Mode = "none", modes: tuple[Mode, ...] = MODES):
+        """`modes`: those that the run may come to, in the order of `MODES`."""
         self.base = base
+        self.modes = modes
         self.layers = repeated_layers(base.model, base.sites)
         self.mode: Mode = "none"
         self.set(mode)
@@ -55,7 +57,7 @@ class Checkpointing:
     def stronger(self) -> Mode | None:
         """The mode that keeps less than the present one; None where there is none."""
         rest = MODES[MODES.index(self.mode) + 1 :] if len(self.layers) > 1 else ()
-        return rest[0] if rest else None
+        return next((mode for mode in rest if mode in self.modes), None)
 
     def install(self) -> None:
         """Put every layer but the last under this object; `remove` takes them out again."""
@@ -71,13 +73,13 @@ class Checkpointing:
 
 
 @contextmanager
-def checkpointed(base: FrozenModel, mode: Mode = "none") -> Iterator[Checkpointing]:
-    """While it is open, the layers of a base are computed by a mode.
+def checkpointed(base: FrozenModel, mode: Mode = "none", modes: tuple[Mode, ...] = MODES) -> Iterator[Checkpointing]:
+    """While it is open, the layers of a base are computed by a mode; `modes` are those that it may change to.
 
     Raises:
         ConfigError: the base has no layers that could be.
     """
-    found = Checkpointing(base, mode)
+    found = Checkpointing(base, mode, modes)
     found.install()
     try:
         yield found

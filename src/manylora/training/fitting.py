@@ -16,6 +16,7 @@ from manylora.training.step import widest_row
 if TYPE_CHECKING:
     from manylora.adapters.adapter import Adapter
     from manylora.base.frozen import FrozenModel
+    from manylora.config import TrainConfig
     from manylora.training.member import Member
 
 FILE_NAME = "memory.json"
@@ -29,6 +30,7 @@ class Fit:
     """How layers are computed, the most tokens of a forward (None: any), whether that is tried first, and why.
 
     `may_change`: what checkpointing is was left to the run, which may therefore choose a stronger one later.
+    `compiled`: layers are compiled.
     `coming_bytes` is what the member and its largest step will hold; None: not known.
     """
 
@@ -36,20 +38,40 @@ class Fit:
     budget_tokens: int | None = None
     probes: bool = False
     may_change: bool = False
+    compiled: bool = False
     reason: str = ""
     coming_bytes: int | None = None
 
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """What checkpointing may be: `selective` watches products, which compiled layers hide from it."""
+        return modes_with(self.compiled)
 
-def asked(mode: str) -> Fit:
-    """What a configuration says of checkpointing, where nothing was measured: `auto` is then none, until it must be."""
-    chosen = mode_named(mode)
-    return Fit(mode=chosen or "none", may_change=chosen is None)
+
+def modes_with(compiled: bool) -> tuple[Mode, ...]:
+    """What checkpointing may be where layers are compiled, or are not."""
+    return tuple(mode for mode in MODES if mode != "selective" or not compiled)
 
 
-def fit(base: FrozenModel, member: Member, adapter: Adapter, mode: str, *, device_free: int | None = None) -> Fit:
-    """What a run of one member does about memory: `mode` is `train.checkpointing`. The base must carry no bank.
+def asked(train: TrainConfig) -> Fit:
+    """What a configuration says of its layers, where nothing was measured: `auto` is then none, until it must be."""
+    chosen = mode_named(train.checkpointing)
+    return Fit(mode=chosen or "none", may_change=chosen is None, compiled=train.compile == "layers")
 
-    Where the step does not fit even when its layers keep only their inputs, its forwards are bounded too.
+
+def fit(
+    base: FrozenModel,
+    member: Member,
+    adapter: Adapter,
+    mode: str,
+    *,
+    modes: tuple[Mode, ...] = MODES,
+    device_free: int | None = None,
+) -> Fit:
+    """What a run of one member does about memory: `mode` is `train.checkpointing`, `modes` what `auto` may choose.
+
+    Where the step does not fit even when its layers keep only their inputs, its forwards are bounded too. The base must
+    carry no bank.
 
     Raises:
         ConfigError: the mode needs layers that the base does not have.
@@ -68,7 +90,7 @@ def fit(base: FrozenModel, member: Member, adapter: Adapter, mode: str, *, devic
         return measured[one].total(rows, width) <= free
 
     with checkpointed(base) as found:
-        possible = MODES if len(found.layers) > 1 else MODES[:1]
+        possible = modes if len(found.layers) > 1 else MODES[:1]
     named = mode_named(mode)
     for one in possible if named is None else (named,):
         if measure(one):

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ from manylora.ops.allocator import freed_memory_kept
 from manylora.tasks.task import Sample
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.checkpointing import checkpointed
+from manylora.training.compiling import choose_compiling, compiled
 from manylora.training.console import Progress
 from manylora.training.events import EventLog
 from manylora.training.expected import expected
-from manylora.training.fitting import Fit, asked, fit, keep_fit, kept_fit
+from manylora.training.fitting import Fit, asked, fit, keep_fit, kept_fit, modes_with
 from manylora.training.folder import RunFolder
 from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
 from manylora.training.member import Member
@@ -116,9 +117,14 @@ def train(
     made = stock.member(config, MEMBER)
     chosen = kept_fit(folder.checkpoints) if resume else None
     if chosen is None:
-        chosen = fit(stock.base, *made, config.train.checkpointing)
+        asks = config.train
+        chosen = fit(stock.base, *made, asks.checkpointing, modes=modes_with(asks.compile == "layers"))
+        compiles, why = choose_compiling(stock.base, *made, asks.compile, chosen.mode, chosen.budget_tokens)
+        chosen = replace(chosen, compiled=compiles)
+    else:
+        why = f"compile: {'layers' if chosen.compiled else 'off'}, as this run began"
     foreseen = expected(stock.base, chosen.coming_bytes, num_steps=made[0].recipe.last_step)
-    for note in (*stock.new_notes(), chosen.reason, foreseen.line()):
+    for note in (*stock.new_notes(), chosen.reason, why, foreseen.line()):
         console.note(note)
     folder.begin(config)
     folder.write_manifest(stock.base, stock.facts)
@@ -180,7 +186,7 @@ def run_loop(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written. UserError: see `Loop`.
     """
     config = stock.config
-    chosen = chosen or asked(config.train.checkpointing)
+    chosen = chosen or asked(config.train)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
     settings = LoopSettings(
         checkpoint_every=config.checkpoint.every_steps,
@@ -200,7 +206,8 @@ def run_loop(
     with (
         EventLog(folder.path) as log,
         Bank(stock.base, num_slots=num_slots),
-        checkpointed(stock.base, chosen.mode) as checkpointing,
+        compiled(stock.base, chosen.compiled) as compiling,
+        checkpointed(stock.base, chosen.mode, chosen.modes) as checkpointing,
         freed_memory_kept(),
     ):
         if resume:
@@ -225,9 +232,12 @@ def run_loop(
             if done is not None:
                 loop.resume()
             else:
-                told.event("checkpointing", mode=chosen.mode, budget_tokens=budget_tokens, tick=0)
+                how = {"mode": chosen.mode, "budget_tokens": budget_tokens, "compiled": chosen.compiled}
+                told.event("checkpointing", **how, tick=0)
             with interruptible() as interrupted:
                 loop.run(interrupted)
+            if compiling is not None and compiling.seconds >= 1:
+                told.note(f"compiling layers took {compiling.seconds:.0f} s of the steps")
         except KeyboardInterrupt:
             told.note(f"interrupted at step {loop.tick}; --resume goes on from step {loop.saved_at or 0}")
             raise

@@ -195,6 +195,7 @@ def train(task: Task, post: Post) -> None:
     from manylora.sweeps.engines.local import hand_over, maker
     from manylora.training.checkpoint import Checkpoints, Kept
     from manylora.training.checkpointing import checkpointed
+    from manylora.training.compiling import compiled
     from manylora.training.fitting import asked
     from manylora.training.folder import RunFolder
     from manylora.training.loop import Loop, LoopSettings
@@ -223,7 +224,7 @@ def train(task: Task, post: Post) -> None:
     def hand(member: Member, adapter: Adapter) -> None:
         hand_over(member, adapter, proxy.config(member.name), folder, stock)
 
-    chosen = asked(base.train.checkpointing)
+    chosen = asked(base.train)
     settings = LoopSettings(
         checkpoint_every=kept.every_steps,
         select=kept.select,
@@ -234,7 +235,8 @@ def train(task: Task, post: Post) -> None:
     make = maker(stock, proxy.config, proxy.note)
     with (
         Bank(stock.base, num_slots=room.num_slots),
-        checkpointed(stock.base, chosen.mode) as layers,
+        compiled(stock.base, chosen.compiled),
+        checkpointed(stock.base, chosen.mode, chosen.modes) as layers,
         freed_memory_kept(),
     ):
         loop = Loop(

@@ -1,0 +1,230 @@
+"""The layers of a base compiled by torch: what stands between products and attention is done in few passes over memory.
+
+The adapted sites and the attention stay the code that they are: a compiled layer calls them. So adapters come and go,
+routes change and dropout is drawn as before, and nothing of that is compiled again. Only forwards that are trained
+through are compiled: an evaluation runs as it did, and costs no second compilation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from manylora.adapters.bank import Bank
+from manylora.base.frozen import FrozenModel
+from manylora.base.layers import Layer, repeated_layers
+from manylora.errors import ConfigError
+from manylora.ops.allocator import freed_memory_kept
+from manylora.ops.attention_model import opaque_attention
+from manylora.training.checkpointing import Mode, checkpointed
+from manylora.training.step import ForwardTooLarge, micro_batches, probe_step
+from manylora.types import Site
+
+if TYPE_CHECKING:
+    from manylora.adapters.adapter import Adapter
+    from manylora.training.member import Member
+
+LEAST_STEPS, LEAST_SECONDS = 500, 3600
+"""Of a run in which `auto` tries. A try takes ten to sixty seconds, and a few batches."""
+LEAST_GAIN = 0.03
+"""Of a batch's time, what compiled layers must save to be kept: less is within the noise of so short a try."""
+VARIANTS = 64
+"""Forms of one layer's code that are compiled before torch gives up and runs it as it is: few rows or many, with a
+gradient for the input or without, layers of several kinds. torch's own 8 are too few for a base of several kinds."""
+
+
+class Compiling:
+    """The layers of a base, compiled while `compiled` is open."""
+
+    def __init__(self, base: FrozenModel):
+        self.base = base
+        self.layers = repeated_layers(base.model, base.sites)
+        self._before = _seconds_compiling()
+
+    @property
+    def seconds(self) -> float:
+        """What compiling has taken since this object was made."""
+        return _seconds_compiling() - self._before
+
+
+@contextmanager
+def compiled(base: FrozenModel, on: bool = True) -> Iterator[Compiling | None]:
+    """While it is open, the layers of a base that carries a bank run as torch's compiler makes them; None if not `on`.
+
+    Raises:
+        ConfigError: the base has no repeated layers.
+    """
+    if not on:
+        yield None
+        return
+    import torch._dynamo as dynamo
+
+    found = Compiling(base)
+    check_compiles(base, found.layers)
+    with ExitStack() as stack:
+        stack.enter_context(dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=16 * VARIANTS))
+        stack.enter_context(opaque_attention())
+        for layer in found.layers:
+            stack.enter_context(_CompiledForward(base, layer))
+        yield found
+
+
+def check_compiles(base: FrozenModel, layers: list[Layer] | None = None) -> None:
+    """Raises:
+    ConfigError: the base has no repeated layers to compile.
+    """
+    if len(repeated_layers(base.model, base.sites) if layers is None else layers) < 2:
+        raise ConfigError(
+            "train.compile is layers, and this base has no repeated layers to compile", allowed="off, or auto"
+        )
+
+
+def choose_compiling(
+    base: FrozenModel, member: Member, adapter: Adapter, asked: str, mode: Mode, budget_tokens: int | None = None
+) -> tuple[bool, str]:
+    """Whether the layers of a run of one member are compiled, and one line that says why; the base carries no bank.
+
+    `asked` is `train.compile`. `layers` compiles them now, on the largest batch, so that what it costs is known before
+    the first step. `auto` tries the same where a run is long enough to pay for the try, and keeps what is faster.
+
+    Raises:
+        ConfigError: `layers`, and the base has none, or torch's compiler fails on them.
+    """
+    if asked == "off":
+        return False, "compile: off, train.compile"
+    steps = member.recipe.last_step
+    if asked == "auto":
+        if len(repeated_layers(base.model, base.sites)) < 2:
+            return False, "compile: off, this base has no repeated layers"
+        if not getattr(base.model, "_can_compile_fullgraph", False):
+            return False, "compile: off, this base is not known to compile"
+        if mode == "selective":
+            return False, "compile: off, checkpointing is selective and watches the layers' products"
+        if steps < LEAST_STEPS:
+            return False, f"compile: off, {steps:,} steps are too few to pay for a try"
+    else:
+        check_compiles(base)
+    slot, member.slot = member.slot, 0
+    try:
+        with Bank(base) as bank, checkpointed(base, mode), freed_memory_kept():
+            bank.put(adapter, slot=0)
+            return _tried(base, member, asked, steps * len(micro_batches([member], base, budget_tokens)), budget_tokens)
+    except ForwardTooLarge as error:
+        return asked == "layers", f"compile: {'layers' if asked == 'layers' else 'off'}, not tried: {error.what}"
+    finally:
+        member.slot = slot
+
+
+def _tried(base: FrozenModel, member: Member, asked: str, batches: int, budget: int | None) -> tuple[bool, str]:
+    """What `choose_compiling` answers, by running the largest batch; a run has so many batches."""
+    plain = 0.0
+    if asked == "auto":
+        plain = min(_seconds(base, member, budget) for _ in range(2))
+        if plain * batches < LEAST_SECONDS:
+            return False, f"compile: off, about {plain * batches / 60:.0f} minutes are too few to pay for a try"
+    try:
+        with compiled(base):
+            first = _seconds(base, member, budget)
+            if asked == "layers":
+                return True, f"compile: layers, train.compile; compiling them and the first batch took {first:.1f} s"
+            fast = min(_seconds(base, member, budget) for _ in range(2))
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        why = f"torch's compiler fails on this base's layers: {(str(error) or type(error).__name__).splitlines()[0]}"
+        if asked == "layers":
+            raise ConfigError(
+                why, next_step="set train.compile to off; on a CPU the compiler needs g++ or clang++"
+            ) from error
+        return False, f"compile: off, {why}"
+    on = fast < (1 - LEAST_GAIN) * plain
+    told = f"a batch takes {fast / plain:.2f} of its time so, and the try took {first:.0f} s"
+    return on, f"compile: {'layers' if on else 'off'}, {told}"
+
+
+def _seconds(base: FrozenModel, member: Member, budget_tokens: int | None) -> float:
+    """What the largest batch of a member takes."""
+    started = time.perf_counter()
+    probe_step(base, [member], budget_tokens)
+    return time.perf_counter() - started
+
+
+class _CompiledForward:
+    """What stands in for a layer's forward, and for the forwards of its sites."""
+
+    def __init__(self, base: FrozenModel, layer: Layer):
+        self.base = base
+        self.module: Any = layer.module
+        self.before = layer.module.__dict__.get("forward")
+        self.run = _compile(type(self.module).forward)
+        self.sites = [base.sites[name] for name in layer.sites if "forward" in base.sites[name].module.__dict__]
+        self.own = {site.name: site.module.__dict__["forward"] for site in self.sites}
+        self.hidden = {name: _opaque(own) for name, own in self.own.items()}
+
+    def __enter__(self) -> None:
+        self.module.__dict__["forward"] = self
+
+    def __exit__(self, *exception: object) -> None:
+        self._put(lambda site: self.own[site.name])
+        if self.before is None:
+            self.module.__dict__.pop("forward")
+        else:
+            self.module.__dict__["forward"] = self.before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            self._put(lambda site: self.own[site.name])
+            return type(self.module).forward(self.module, *args, **kwargs)
+        self._put(self._compiled)
+        return self.run(self.module, *args, **kwargs)
+
+    def _compiled(self, site: Site) -> Callable[..., Any] | None:
+        """What a site runs inside of a compiled layer; None: its module's own code, which is compiled too."""
+        if site.packed is None and not self.base.bank.adapts(site):
+            return None
+        return self.hidden[site.name]
+
+    def _put(self, choose: Callable[[Site], Callable[..., Any] | None]) -> None:
+        for site in self.sites:
+            chosen, held = choose(site), site.module.__dict__
+            if chosen is None:
+                held.pop("forward", None)
+            elif held.get("forward") is not chosen:
+                held["forward"] = chosen
+
+
+@cache
+def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled form of a class's forward. Sizes are left open: rows are as long as what was packed into them."""
+    return torch.compile(forward, dynamic=True)
+
+
+@cache
+def _opaque_class() -> type:
+    """Callables that the compiler does not look into; made late, for torch's compiler takes a second to import."""
+
+    class Opaque:
+        def __init__(self, run: Callable[..., Any]):
+            self.run = run
+
+        @torch.compiler.disable
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.run(*args, **kwargs)
+
+    return Opaque
+
+
+def _opaque(run: Callable[..., Any]) -> Callable[..., Any]:
+    return _opaque_class()(run)
+
+
+def _seconds_compiling() -> float:
+    """What torch's compiler has taken in this process."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("total_wall_time", 0.0))
