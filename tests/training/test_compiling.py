@@ -31,17 +31,9 @@ from manylora.training.member import Member
 from manylora.training.prepare import Stock
 from manylora.training.run import train
 
-pytestmark = [
-    pytest.mark.skipif(
-        not (shutil.which("g++") or shutil.which("clang++")), reason="torch compiles for a CPU with a C++ compiler"
-    ),
-    # What torch's compiler imports uses what torch deprecates.
-    pytest.mark.filterwarnings(
-        "ignore::DeprecationWarning:torch.*",
-        "ignore::FutureWarning:torch.*",
-        "ignore:The .grad attribute of a Tensor:UserWarning",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch compiles for a CPU with a C++ compiler"
+)
 OBJECTIVES = dict.fromkeys((-1, 0, 1, 2), CAUSAL_LM)
 NARROWED = 1e-5
 """The norms of transformers compute in float32 whatever they are given; the ones that stand in for them do not."""
