@@ -63,11 +63,14 @@ def compiled(base: FrozenModel, on: bool = True) -> Iterator[Compiling | None]:
         yield None
         return
     import torch._dynamo as dynamo
+    from torch.fx.experimental import _config as shapes
 
     found = Compiling(base)
     check_compiles(base, found.layers)
     with ExitStack() as stack:
         stack.enter_context(dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=16 * VARIANTS))
+        patched = shapes.patch(use_duck_shape=False)  # pyright: ignore[reportAttributeAccessIssue] - made at import
+        stack.enter_context(patched)  # as many rows as heads is chance
         stack.enter_context(opaque_attention())
         for layer in found.layers:
             stack.enter_context(_CompiledForward(base, layer))
