@@ -5,13 +5,13 @@
 The rows are those of gsm8k (`gsm8k/train.jsonl` in that folder: a question, a worked answer), in the tokens of the
 builtin base's tokenizer, on a random Llama of 135 M parameters in bfloat16. Both train the same adapter (rank 16 on
 every linear site, written by PEFT) with AdamW, a step of about 2,048 tokens, the answer's tokens alone learned.
-manylora packs; TRL pads, as it comes (`padded`) and with rows of like length together (`grouped`), or packs (`packed`:
-its default strategy, with torch's attention, which alone of what it takes is there on a CPU); without gradient
-checkpointing, which it turns on by default and which would only slow it. It runs with `bf16`, its default, and without
-(`no autocast`). First both must find the same number of targets and the same loss in the same examples, in float32 on a
+manylora packs. TRL runs with its own defaults (`as it comes`: rows padded, gradient checkpointing), and set for speed,
+without gradient checkpointing, which on this machine would only slow it: padded (`padded`), with rows of like length
+together (`grouped`), or packed (`packed`: its default strategy, with torch's attention, which alone of what it takes is
+there on a CPU); with `bf16`, its default, or if asked without (`no autocast`). First both must find the same number of targets and the same loss in the same examples, in float32 on a
 small base and in bfloat16. A way of TRL's that does not is left out of the comparison and named. Then they take turns,
 and targets a second are compared over all timed steps, for lengths differ. Writes bench/results/sft.json, and ends with
-an error where the bound against the fastest way of TRL's is not kept.
+an error where a bound is not kept.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ SMALL = (2, 4096)
 CHECKED = 8
 """Examples of the check."""
 STEP_TOKENS, ROW_TOKENS = 2048, 1024
-BOUNDS = {"times": 4.0}
+BOUNDS = {"times": 4.0, "times_as_it_comes": 4.0}
+"""The least: against the fastest way of TRL's, and against its defaults."""
 PADDED = {"per_device_train_batch_size": 8, "max_length": ROW_TOKENS}
 PACKED = {"per_device_train_batch_size": STEP_TOKENS // ROW_TOKENS, "max_length": ROW_TOKENS, "packing": True}
 TRL: dict[str, dict[str, Any]] = {
+    "as it comes": {"trl": PADDED | {"gradient_checkpointing": True}},
     "padded": {"trl": PADDED},
     "grouped": {"trl": PADDED | {"train_sampling_strategy": "group_by_length"}},
-    "grouped, no autocast": {"trl": PADDED | {"train_sampling_strategy": "group_by_length", "bf16": False}},
     "packed": {"trl": PACKED, "packing": True},
+    "grouped, no autocast": {"trl": PADDED | {"train_sampling_strategy": "group_by_length", "bf16": False}},
     "packed, no autocast": {"trl": PACKED | {"bf16": False}, "packing": True},
 }  # fmt: skip
 
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of each in a round")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ways", nargs="*", default=list(TRL), choices=list(TRL))
+    parser.add_argument("--ways", nargs="*", default=list(TRL)[:4], choices=list(TRL))
     asked = parser.parse_args()
     if asked.data is None or not (asked.data / "gsm8k" / "train.jsonl").is_file():
         raise SystemExit("set MANYLORA_TEST_DATA, or --data, to a folder with gsm8k/train.jsonl")
@@ -77,6 +79,8 @@ def main() -> None:
     fastest = min(figures["ways"], key=lambda way: figures["ways"][way]["times"])
     figures |= {"fastest": fastest, "times": figures["ways"][fastest]["times"],
                 "memory_ratio": figures["ways"][fastest]["memory_ratio"]}  # fmt: skip
+    if "as it comes" in figures["ways"]:
+        figures["times_as_it_comes"] = figures["ways"]["as it comes"]["times"]
     finish("sft", figures, BOUNDS, asked)
 
 
