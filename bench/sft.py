@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on rows of real lengths against TRL's SFTTrainer, both set for speed on the CPU.
+"""Supervised fine-tuning on rows of real lengths against TRL's SFTTrainer, as it comes and set for speed.
 
     MANYLORA_TEST_DATA=folder python bench/sft.py
 
@@ -8,10 +8,10 @@ every linear site, written by PEFT) with AdamW, a step of about 2,048 tokens, th
 manylora packs. TRL runs with its own defaults (`as it comes`: rows padded, gradient checkpointing), and set for speed,
 without gradient checkpointing, which on this machine would only slow it: padded (`padded`), with rows of like length
 together (`grouped`), or packed (`packed`: its default strategy, with torch's attention, which alone of what it takes is
-there on a CPU); with `bf16`, its default, or if asked without (`no autocast`). First both must find the same number of targets and the same loss in the same examples, in float32 on a
-small base and in bfloat16. A way of TRL's that does not is left out of the comparison and named. Then they take turns,
-and targets a second are compared over all timed steps, for lengths differ. Writes bench/results/sft.json, and ends with
-an error where a bound is not kept.
+there on a CPU); with `bf16`, its default, or if asked without (`no autocast`). First both must find the same number of
+targets and the same loss in the same examples, in float32 on a small base and in bfloat16. A way of TRL's that does not
+is left out of the comparison and named. Then they take turns, and targets a second are compared over all timed steps,
+for lengths differ. Writes bench/results/sft.json, and ends with an error where a bound is not kept.
 """
 
 from __future__ import annotations
