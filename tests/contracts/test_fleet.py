@@ -228,6 +228,28 @@ def test_a_killed_fleet_resumes_to_the_same_bytes(stop, tmp_path, make_base, mak
     assert [(e["member"], e["step"], e["loss"]) for e in steps] == [(e["member"], e["step"], e["loss"]) for e in again]
 
 
+@pytest.mark.parametrize("ranks", [(4, 4), (2, 8)])
+def test_in_float64_too_a_killed_fleet_resumes_to_the_same_bytes(ranks, tmp_path, make_base, make_examples) -> None:
+    """No later rounding hides that norms are added in another order."""
+
+    def pair(name: str) -> Running:
+        ones = [
+            member(f"m{n}", make_examples(12), spec=AdapterSpec(rank=rank, dropout=0.1), seed=n, clip_norm=0.1)
+            for n, rank in enumerate(ranks)
+        ]
+        kept = Checkpoints(tmp_path / name, keep=2)
+        base = make_base(dtype=torch.float64)
+        return Running(base, ones, torch.float64, settings={"checkpoint_every": 1}, checkpoints=kept)
+
+    whole = pair("whole").run()
+    killed_after(2, pair("killed"))
+    resumed = pair("killed")
+    assert resumed.loop.resume() == 2
+    resumed.run()
+    for name in ("m0", "m1"):
+        assert all(torch.equal(value, resumed.final(name)[key]) for key, value in whole.final(name).items())
+
+
 def test_a_member_with_no_room_waits_at_the_door_and_is_not_overtaken(tmp_path, make_base, make_examples) -> None:
     def ones() -> list[Member]:
         ranks = {"a": 2, "b": 2, "large": 16, "d": 2}

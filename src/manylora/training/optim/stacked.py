@@ -32,11 +32,12 @@ class SlotUpdate:
 def gradient_norms(bank: Bank) -> list[float]:
     """The Euclidean norm of each slot's gradient, 0 without one; NaN or inf where the gradient is.
 
-    Norms of tensors are taken in the factors' own dtype, as torch.nn.utils.clip_grad_norm_ does, and added in float64.
+    Norms of tensors are taken in the factors' own dtype, as torch.nn.utils.clip_grad_norm_ does, and added in float64,
+    in the order of the stacks' names: in which order they came about is another after a run resumes.
     """
     owners: list[int] = []
     norms: list[Tensor] = []
-    for stack in bank.stacks.values():
+    for _, stack in sorted(bank.stacks.items(), key=lambda item: str(item[0])):
         for tensor in stack.tensors.values():
             if tensor.grad is not None:
                 owners += stack.slots
