@@ -9,6 +9,7 @@ it is, and the parent lets two of them take turns. This module imports neither m
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -164,9 +165,10 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        if self._process.poll() is None:
-            assert self._process.stdin is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        if self._process.poll() is None:
             try:
                 self._process.wait(20)
             except subprocess.TimeoutExpired:
@@ -184,6 +186,13 @@ class Worker:
     ) -> None:
         self.close()
 
+    def _last_words(self) -> str:
+        """The end of what it has printed, once it has ended. It writes where this file stands, so that is not moved."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        number = self._log.fileno()
+        return os.pread(number, os.fstat(number).st_size, 0).decode("utf-8", errors="replace")[-2000:]
+
     def _ask(self, what: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -195,8 +204,7 @@ class Worker:
             line = ""
         answer = json.loads(line) if line else {"error": "it ended without an answer"}
         if "error" in answer:
-            self._log.seek(0)
-            raise WorkerFailed(f"{self.name}: {answer['error']}\n{self._log.read()[-2000:]}")
+            raise WorkerFailed(f"{self.name}: {answer['error']}\n{self._last_words()}")
         return answer
 
 
