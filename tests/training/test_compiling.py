@@ -208,6 +208,18 @@ class TestChoice:
         assert on
         assert "compiling them and the first batch took" in why
 
+    def test_what_is_tried_is_checkpointed_as_the_run_will_be(self, made, monkeypatch: pytest.MonkeyPatch) -> None:
+        base, member, adapter = made
+        seen: list[str] = []
+
+        def probed(base: FrozenModel, *_: object) -> None:
+            layer = base.model.model.layers[0].__dict__["forward"]
+            seen.append(f"{layer.owner.mode} around {type(layer.before).__name__}")
+
+        monkeypatch.setattr(compiling, "probe_step", probed)
+        choose_compiling(base, member, adapter, "layers", "full")
+        assert seen == ["full around _CompiledForward"]
+
     def test_a_compiler_that_fails_is_told(self, made, monkeypatch: pytest.MonkeyPatch) -> None:
         base, member, adapter = made
 

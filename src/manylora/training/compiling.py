@@ -78,8 +78,10 @@ def compiled(base: FrozenModel, on: bool = True) -> Iterator[Compiling | None]:
 
 
 def check_compiles(base: FrozenModel, layers: list[Layer] | None = None) -> None:
-    """Raises:
-    ConfigError: the base has no repeated layers to compile.
+    """Refuse a base that cannot be compiled by layers.
+
+    Raises:
+        ConfigError: it has no repeated layers.
     """
     if len(repeated_layers(base.model, base.sites) if layers is None else layers) < 2:
         raise ConfigError(
@@ -114,28 +116,29 @@ def choose_compiling(
         check_compiles(base)
     slot, member.slot = member.slot, 0
     try:
-        with Bank(base) as bank, checkpointed(base, mode), freed_memory_kept():
+        with Bank(base) as bank, freed_memory_kept():
             bank.put(adapter, slot=0)
-            return _tried(base, member, asked, steps * len(micro_batches([member], base, budget_tokens)), budget_tokens)
+            batches = steps * len(micro_batches([member], base, budget_tokens))
+            return _tried(base, asked, batches, lambda: _seconds(base, member, mode, budget_tokens))
     except ForwardTooLarge as error:
         return asked == "layers", f"compile: {'layers' if asked == 'layers' else 'off'}, not tried: {error.what}"
     finally:
         member.slot = slot
 
 
-def _tried(base: FrozenModel, member: Member, asked: str, batches: int, budget: int | None) -> tuple[bool, str]:
-    """What `choose_compiling` answers, by running the largest batch; a run has so many batches."""
+def _tried(base: FrozenModel, asked: str, batches: int, run: Callable[[], float]) -> tuple[bool, str]:
+    """What `choose_compiling` answers; `run` gives the seconds of the largest batch, of so many that a run has."""
     plain = 0.0
     if asked == "auto":
-        plain = min(_seconds(base, member, budget) for _ in range(2))
+        plain = min(run() for _ in range(2))
         if plain * batches < LEAST_SECONDS:
             return False, f"compile: off, about {plain * batches / 60:.0f} minutes are too few to pay for a try"
     try:
         with compiled(base):
-            first = _seconds(base, member, budget)
+            first = run()
             if asked == "layers":
                 return True, f"compile: layers, train.compile; compiling them and the first batch took {first:.1f} s"
-            fast = min(_seconds(base, member, budget) for _ in range(2))
+            fast = min(run() for _ in range(2))
     except Exception as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
@@ -150,20 +153,21 @@ def _tried(base: FrozenModel, member: Member, asked: str, batches: int, budget: 
     return on, f"compile: {'layers' if on else 'off'}, {told}"
 
 
-def _seconds(base: FrozenModel, member: Member, budget_tokens: int | None) -> float:
-    """What the largest batch of a member takes."""
-    started = time.perf_counter()
-    probe_step(base, [member], budget_tokens)
-    return time.perf_counter() - started
+def _seconds(base: FrozenModel, member: Member, mode: Mode, budget_tokens: int | None) -> float:
+    """What the largest batch of a member takes, its layers computed by a mode, compiled or not."""
+    with checkpointed(base, mode):
+        started = time.perf_counter()
+        probe_step(base, [member], budget_tokens)
+        return time.perf_counter() - started
 
 
 class _CompiledForward:
-    """What stands in for a layer's forward, and for the forwards of its sites."""
+    """What stands in for a layer's forward, and for the forwards of its sites; checkpointing comes around it."""
 
     def __init__(self, base: FrozenModel, layer: Layer):
         self.base = base
         self.module: Any = layer.module
-        self.before = layer.module.__dict__.get("forward")
+        assert "forward" not in self.module.__dict__, "layers are compiled before they are checkpointed"
         self.run = _compile(type(self.module).forward)
         self.sites = [base.sites[name] for name in layer.sites if "forward" in base.sites[name].module.__dict__]
         self.own = {site.name: site.module.__dict__["forward"] for site in self.sites}
@@ -174,10 +178,7 @@ class _CompiledForward:
 
     def __exit__(self, *exception: object) -> None:
         self._put(lambda site: self.own[site.name])
-        if self.before is None:
-            self.module.__dict__.pop("forward")
-        else:
-            self.module.__dict__["forward"] = self.before
+        del self.module.__dict__["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -129,7 +129,7 @@ def token_bytes(base: FrozenModel, adapter: Adapter, objective: Objective, epoch
             linear = per_wide / wide - quadratic * wide
         try:
             chunk, chunk_tokens, followed = *_chunk(base, objective, short, epochs), True
-        except (RuntimeError, NotImplementedError):  # what torch raises of operations that need numbers
+        except RuntimeError:  # what torch raises of operations that need numbers
             chunk, chunk_tokens, followed = 0.0, 0, False
     return ActivationModel(fixed, linear, quadratic, chunk, chunk_tokens, followed)
 

@@ -132,7 +132,7 @@ def _member(config: Config, stock: Stock, place: int, notes: list[str]) -> tuple
     """A member with a fresh adapter; where its init needs numbers, one of the same shapes."""
     try:
         return stock.member(config, f"member-{place}")
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         plain = config.model_copy(update={"adapter": config.adapter.model_copy(update={"init": "default"})})
         member, adapter = stock.member(plain, f"member-{place}")
         if not notes:
