@@ -212,6 +212,10 @@ class Method(Protocol):
         """
         ...
 
+    def together(self, x: Tensor, sites: Sequence[tuple[Site, Sequence[Use]]]) -> Sequence[Tensor] | None:
+        """The outputs of sites that read one input, with the base's own part; None: `forward` does each by itself."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:

@@ -63,6 +63,15 @@ class Route:
         return edges
 
 
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Outputs by site that were computed from an input, as it was then, before their sites are called with it."""
+
+    x: Tensor
+    version: int
+    outputs: dict[str, Tensor]
+
+
 class Bank:
     """Stacked factors for `num_slots` adapters on one base.
 
@@ -88,6 +97,8 @@ class Bank:
         self._by_site: dict[str, list[Stack]] = {}
         self._plans: dict[tuple, list[tuple[Method, list[Use]]]] = {}
         self.recorded: dict[str, list[Tensor]] | None = None
+        self._joint = True
+        self._ahead: _Ahead | None = None
         self._proven: set[str] | None = None
         base.bank = self
         for site in base.sites.values():
@@ -279,8 +290,13 @@ class Bank:
     # -- routing -------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def route(self, slots: Sequence[int] | Route, streams: Sequence[int] | None = None) -> Iterator[Route]:
+    def route(
+        self, slots: Sequence[int] | Route, streams: Sequence[int] | None = None, *, joint: bool = True
+    ) -> Iterator[Route]:
         """Within it, row r of every batch belongs to `slots[r]`; with `streams`, dropout is on and seeded by row.
+
+        `joint` false: no site is computed along with another that reads the same input, as who watches sites one by
+        one needs it.
 
         Raises:
             RouteError: a slot that the bank does not have.
@@ -294,11 +310,13 @@ class Bank:
                 )
         if route.streams is not None and len(route.streams) != len(route.slots):
             raise RouteError(f"{len(route.streams)} streams for {len(route.slots)} rows")
-        before, self.route_now = self.route_now, route
+        before = self.route_now, self._joint
+        self.route_now, self._joint = route, joint
         try:
             yield route
         finally:
-            self.route_now = before
+            self.route_now, self._joint = before
+            self._ahead = None
 
     def prove(self) -> None:
         """Show that each site sees the batch's rows one after another: three rows together against each row alone.
@@ -352,6 +370,34 @@ class Bank:
                 self._plans.clear()
             found = self._plans[key] = self._plan(route, site, stacks, x)
         return found
+
+    def together(self, site: Site, x: Tensor, method: Method, uses: list[Use]) -> Tensor | None:
+        """A site's output, computed along with those of the sites that read x after it; None where none does.
+
+        Only in training: what is computed ahead is held until its site is called, or the route ends.
+        """
+        names = self.base.reads_along.get(site.name)
+        if not names or not self._joint or not torch.is_grad_enabled() or x.is_inference():
+            return None
+        sites = [(site, uses)]
+        for name in names:
+            other = self.base.sites[name]
+            found = self.uses(other, x)
+            if len(found) == 1 and found[0][0] is method:
+                sites.append((other, found[0][1]))
+        made = method.together(x, sites) if len(sites) > 1 else None
+        if made is None:
+            return None
+        later = {other.name: y for (other, _), y in zip(sites[1:], made[1:], strict=True)}
+        self._ahead = _Ahead(x, x._version, later)
+        return made[0]
+
+    def ahead(self, site: Site, x: Tensor) -> Tensor | None:
+        """What was computed for a site along with another, if it was from this very input."""
+        held = self._ahead
+        if held is None or held.x is not x or x._version != held.version:
+            return None
+        return held.outputs.pop(site.name, None)
 
     def _plan(self, route: Route, site: Site, stacks: list[Stack], x: Tensor) -> list[tuple[Method, list[Use]]]:
         by_method: dict[str, list[Use]] = {}
@@ -442,10 +488,18 @@ class _SiteForward:
         args = args[1:]
         if self.bank.recorded is not None and isinstance(x, Tensor):
             self.bank.recorded.setdefault(self.site.name, []).append(x.detach())
+        plain = not args and not kwargs
+        ahead = self.bank.ahead(self.site, x) if plain else None
+        if ahead is not None:
+            return ahead
         found = self.bank.uses(self.site, x)
         if not found:
             return self.site.map(x, *args, **kwargs)
-        y: Tensor | None = None
+        if plain and len(found) == 1:
+            y = self.bank.together(self.site, x, *found[0])
+            if y is not None:
+                return y
+        y = None
         for method, uses in found:
             y = method.forward(x, y, self.site, uses, (args, kwargs))
         assert y is not None

@@ -33,8 +33,9 @@ def combine_digests(config: Mapping[str, Any], tensors: Mapping[str, str]) -> st
 class FrozenModel:
     """The base: `model` in eval mode, its `sites` by name, and its `fingerprint`.
 
-    Nobody writes to it after this. `example(rows)` gives inputs of that many rows that differ, as keyword arguments; a
-    bank of several slots uses it to prove that each site sees the batch's rows in order.
+    Nobody writes to it after this, but for `bank`, the one that it carries at present. `example(rows)` gives inputs of
+    that many rows that differ, as keyword arguments; a bank of several slots uses it to prove that each site sees the
+    batch's rows in order. `reads_along`: by site, the sites that read the same input after it, where that is known.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class FrozenModel:
         self.sites: dict[str, Site] = find_sites(model, head)
         self._fingerprint = fingerprint
         self.bank: Any = None
+        self.reads_along: Mapping[str, tuple[str, ...]] = {}
         self.notes: list[str] = []
 
     @property

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from manylora.base.frozen import FrozenModel
 from manylora.base.probes import RowRules, packed_inputs, probe_rows
+from manylora.base.sites import reads_along
 from manylora.base.tokenizer import template_digest, tokenizer_digest
 from manylora.ops.attention_model import use_attention
 from manylora.ops.dropout import mix
@@ -88,6 +89,7 @@ class LanguageBase(FrozenModel):
         if self.device.type == "cpu":
             self.notes.append(use_attention(self.model, self._packed_states))
             self.notes.append(use_elementwise(self.model, self._packed_states))
+        self.reads_along = reads_along(self.sites, self._packed_states)
 
     @property
     def packing(self) -> Packing:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from manylora.base.packed import PackedLinear
 from manylora.errors import SiteNotFound, nearest_names
@@ -142,3 +144,28 @@ def _nothing_matches(sites: dict[str, Site], pattern: str) -> SiteNotFound:
         nearest=[f"{name} ({endings[name]})" if name in endings else name for name in near],
         next_step="list them: manylora inspect BASE --sites",
     )
+
+
+@torch.no_grad()
+def reads_along(sites: Mapping[str, Site], run: Callable[[], Any]) -> dict[str, tuple[str, ...]]:
+    """By site, the sites that `run`, a forward, calls after it with the same tensor object; of those called once."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def noting(name: str) -> Callable[[nn.Module, tuple], None]:
+        def note(_: nn.Module, args: tuple) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen.setdefault(name, []).append(args[0])
+
+        return note
+
+    handles = [site.module.register_forward_pre_hook(noting(name)) for name, site in sites.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    readers: dict[int, list[str]] = {}
+    for name, inputs in seen.items():
+        if len(inputs) == 1:
+            readers.setdefault(id(inputs[0]), []).append(name)
+    return {name: tuple(names[place + 1 :]) for names in readers.values() for place, name in enumerate(names[:-1])}

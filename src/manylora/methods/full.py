@@ -67,6 +67,9 @@ class Full:
             y = torch.cat([*pieces, y[reached:]])
         return y
 
+    def together(self, x: Tensor, sites: Sequence[tuple[Site, Sequence[Use]]]) -> None:
+        return None
+
     @staticmethod
     def _apply(x: Tensor, site: Site, use: Use, place: int, extra: tuple[tuple, dict]) -> Tensor:
         """The module's own forward with the slot's parameters in place of the frozen ones."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 from manylora.errors import SpecError
 from manylora.methods.inits import INITS
 from manylora.methods.inits.init import Start
-from manylora.ops.low_rank import low_rank, widened
+from manylora.ops.low_rank import low_rank, low_rank_together, widened
 from manylora.ops.rounding import fake_quantised
 from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, SiteKind, Use
@@ -72,6 +72,11 @@ class Lora:
             return low_rank(x, site, uses, with_base=True, extra=extra)
         y = site.map(x, *extra[0], **extra[1]) if y is None else y
         return y + low_rank(x, site, uses, with_base=False).to(y.dtype)
+
+    def together(self, x: Tensor, sites: Sequence[tuple[Site, Sequence[Use]]]) -> Sequence[Tensor] | None:
+        if all(site.plain and site.kind != "embedding" for site, _ in sites):
+            return low_rank_together(x, sites)
+        return None
 
     @staticmethod
     def _embed(tokens: Tensor, y: Tensor, site: Site, uses: Sequence[Use]) -> Tensor:

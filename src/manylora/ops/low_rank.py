@@ -1,7 +1,8 @@
 """The low-rank update of one site for all slots of a batch: y = W x + s B A x, with s, A and B by row.
 
 `reference` is the plain form that autograd differentiates. `low_rank` is the form in use: one `autograd.Function` a
-site that saves the input and the rank-wide intermediate, never a dense delta, and never asks for a gradient of W.
+site, or for all sites that read one input, that saves the input and the rank-wide intermediate, never a dense delta,
+and never asks for a gradient of W.
 
 Where factors are anchored to their start, the update is s (B A - B0 A0), computed as s ((B - B0) A + B0 (A - A0)): the
 differences are taken in float32, so both terms are exactly zero at the start, and what is learned is no small
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.nn import functional
 from manylora.ops.dropout import dropout_mask
 from manylora.ops.groups import Block, Grouping, grouping, index_of
 from manylora.ops.rounding import fake_quantised
-from manylora.types import Segment, Site, Stack, Use
+from manylora.types import Runs, Segment, Site, Stack, Use
 
 
 def segment_mask(segment: Segment, stack: Stack, like: Tensor) -> Tensor | None:
@@ -68,71 +70,122 @@ def reference(x: Tensor, site: Site, uses: Sequence[Use], base: Callable[[Tensor
     return out.view(y.shape)
 
 
+Together = Sequence[tuple[Site, Sequence[Use]]]
+"""Sites that read one input, and the uses of each."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
     """What one application of the Function needs beside tensors."""
 
-    site: Site
-    uses: Sequence[Use]
+    sites: Together
     with_base: bool
     extra: tuple[tuple, dict]
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One use of a joint: its site's number, its tensors and the number of the first of them, and its columns."""
+
+    output: int
+    stack: Stack
+    held: Sequence[Tensor]
+    first: int
+    columns: slice
+
+    @property
+    def rank(self) -> int:
+        """Columns of its a; its part of what is rank-wide is twice that with anchors."""
+        return self.held[0].shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Joint:
+    """Uses of the same runs, whose products with the input are one; where dropout is on, a use is a joint by itself."""
+
+    blocks: Grouping
+    parts: Sequence[_Part]
+
+
 class _LowRank(torch.autograd.Function):
-    """Saves x (n, I) and t = s x A^T (G, length, R; 2R with anchors) of each block; gradients for x, every a and b."""
+    """The outputs of sites that read one input x.
+
+    Saves x (n, I), for each block of each joint t = s x A^T (G, length, R of all its parts; 2R with anchors), and what
+    the factors were cast to, where that is smaller than they are. Gradients for x, every a and b.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, call: _Call, *factors: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
         if call.with_base:
-            y = call.site.map(x, *call.extra[0], **call.extra[1])
+            made = tuple(site.map(x, *call.extra[0], **call.extra[1]) for site, _ in call.sites)
         else:
-            y = x.new_zeros(*x.shape[:-1], call.site.out_in[0])
-        out = y.view(flat.shape[0], -1)
+            made = tuple(x.new_zeros(*x.shape[:-1], site.out_in[0]) for site, _ in call.sites)
+        outputs = [y.view(flat.shape[0], -1) for y in made]
         middles: list[Tensor] = []
-        for use, held, parts in _by_use(call.uses, factors):
-            for block, a, b in _cast(held, use.stack, parts, x.dtype):
-                part, _ = _dropped(block, use.stack, flat)
-                middle = _scaled(torch.bmm(part, a.transpose(1, 2)), block, use.stack)
-                block.add_product(out, middle, b.transpose(1, 2))
+        casts: list[Tensor] = []
+        for joint in _joints(call.sites, factors):
+            cast = _cast(joint, x.dtype)
+            casts += cast
+            for block, a, bs in _by_block(joint, cast):
+                part, _ = _dropped(block, joint.parts[0].stack, flat)
+                middle = _scaled(torch.bmm(part, a.transpose(1, 2)), block, joint.parts)
+                for own, b in zip(joint.parts, bs, strict=True):
+                    block.add_product(outputs[own.output], middle[..., own.columns], b.transpose(1, 2))
                 middles.append(middle)
         ctx.call, ctx.shape = call, x.shape
-        ctx.num_factors = len(factors)
-        ctx.save_for_backward(flat, *middles, *factors)
-        return y
+        kept = casts if factors[0].element_size() > x.element_size() else []
+        ctx.num_factors, ctx.num_casts = len(factors), len(kept)
+        ctx.save_for_backward(*factors, *kept, flat, *middles)
+        return made
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the name of ctx
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
         call: _Call = ctx.call
-        saved = ctx.saved_tensors
-        flat, middles, factors = saved[0], iter(saved[1 : -ctx.num_factors]), saved[-ctx.num_factors :]
-        grad_flat = grad.reshape(flat.shape[0], -1)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_flat @ call.site.weight(grad.dtype) if call.with_base else torch.zeros_like(flat)
-        grads: list[Tensor | None] = []
-        for use, held, parts in _by_use(call.uses, factors):
-            rank = held[0].shape[1]
+        saved = iter(ctx.saved_tensors)
+        factors, casts = tuple(islice(saved, ctx.num_factors)), list(islice(saved, ctx.num_casts))
+        flat, middles = next(saved), saved
+        above = [grad.reshape(flat.shape[0], -1) for grad in grad_outputs]
+        grad_x = _through_base(call, above) if ctx.needs_input_grad[0] else None
+        grads: list[Tensor | None] = [None] * len(factors)
+        for joint in _joints(call.sites, factors):
             of_a: list[Tensor] = []
-            of_b: list[Tensor] = []
-            for block, a, b in _cast(held, use.stack, parts, grad.dtype):
-                part, mask = _dropped(block, use.stack, flat)
-                gy = block.take_gradient(grad_flat)
-                back = _scaled(torch.bmm(gy, b), block, use.stack)
-                of_a.append(torch.bmm(_of_a(back, rank).transpose(1, 2), part))
-                of_b.append(torch.bmm(gy.transpose(1, 2), next(middles)[..., :rank]))
+            of_bs: list[list[Tensor]] = [[] for _ in joint.parts]
+            cast = casts[: len(joint.parts) + 1] or _cast(joint, above[0].dtype)
+            casts = casts[len(cast) :]
+            for block, a, bs in _by_block(joint, cast):
+                part, mask = _dropped(block, joint.parts[0].stack, flat)
+                middle, backs = next(middles), []
+                for own, b, of_b in zip(joint.parts, bs, of_bs, strict=True):
+                    gy = block.take_gradient(above[own.output])
+                    backs.append(torch.bmm(gy, b))
+                    of_b.append(torch.bmm(gy.transpose(1, 2), middle[..., own.columns][..., : own.rank]))
+                back = _scaled(_beside(backs), block, joint.parts)
+                halved = _beside([_of_a(back[..., own.columns], own.rank) for own in joint.parts], back)
+                of_a.append(torch.bmm(halved.transpose(1, 2), part))
                 if grad_x is not None:
                     block.add_product(grad_x, back, a, mask)
-            grads += [
-                _stacked(held[0], parts.blocks, of_a),
-                _stacked(held[1], parts.blocks, of_b),
-                *(None for _ in held[2:]),
-            ]
+            reached = 0
+            for own, of_b in zip(joint.parts, of_bs, strict=True):
+                rows = [product.narrow(1, reached, own.rank) for product in of_a]
+                grads[own.first] = _stacked(own.held[0], joint.blocks.blocks, rows)
+                grads[own.first + 1] = _stacked(own.held[1], joint.blocks.blocks, of_b)
+                reached += own.rank
         return (None if grad_x is None else grad_x.view(ctx.shape), None, *grads)
+
+
+def _through_base(call: _Call, above: Sequence[Tensor]) -> Tensor:
+    """The gradient of x (n, I) by way of the frozen weights, zero where the base is not computed here."""
+    if not call.with_base:
+        return above[0].new_zeros(len(above[0]), call.sites[0][0].out_in[1])
+    (first, _), *others = call.sites
+    grad_x = above[0] @ first.weight(above[0].dtype)
+    for (site, _), grad in zip(others, above[1:], strict=True):
+        grad_x.addmm_(grad, site.weight(grad.dtype))
+    return grad_x
 
 
 def _held(use: Use) -> tuple[Tensor, ...]:
@@ -142,13 +195,28 @@ def _held(use: Use) -> tuple[Tensor, ...]:
     return stack.tensors["a"], stack.tensors["b"], *anchors
 
 
-def _by_use(uses: Sequence[Use], factors: Sequence[Tensor]) -> Iterator[tuple[Use, Sequence[Tensor], Grouping]]:
-    """Each use with its share of what `_held` gave for all of them, and its blocks."""
+def _joints(sites: Together, factors: Sequence[Tensor]) -> list[_Joint]:
+    """All uses, each with its share of what `_held` gave for them; those of the same runs and no dropout together."""
+    found: dict[Any, tuple[Runs, list[_Part]]] = {}
     reached = 0
-    for use in uses:
-        count = 4 if use.stack.anchors else 2
-        yield use, factors[reached : reached + count], grouping(use.runs)
-        reached += count
+    for output, (_, uses) in enumerate(sites):
+        for use in uses:
+            count = 4 if use.stack.anchors else 2
+            held = factors[reached : reached + count]
+            key = reached if any(use.stack.dropouts) else use.runs
+            _, parts = found.setdefault(key, (use.runs, []))
+            before = parts[-1].columns.stop if parts else 0
+            columns = slice(before, before + held[0].shape[1] * (count // 2))
+            parts.append(_Part(output, use.stack, held, reached, columns))
+            reached += count
+    return [_Joint(grouping(runs), parts) for runs, parts in found.values()]
+
+
+def _beside(tensors: Sequence[Tensor], whole: Tensor | None = None) -> Tensor:
+    """Rank-wide intermediates (G, length, R) side by side; `whole` if that is what it would give, of the same width."""
+    if whole is not None and whole.shape[-1] == sum(tensor.shape[-1] for tensor in tensors):
+        return whole
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=-1)
 
 
 def _of_a(back: Tensor, rank: int) -> Tensor:
@@ -156,22 +224,33 @@ def _of_a(back: Tensor, rank: int) -> Tensor:
     return back if back.shape[-1] == rank else back[..., :rank] + back[..., rank:]
 
 
-def _cast(
-    held: Sequence[Tensor], stack: Stack, parts: Grouping, dtype: torch.dtype
-) -> Iterator[tuple[Block, Tensor, Tensor]]:
-    """Each block with a (G, R, I) and b (G, O, R) of its groups in the compute dtype.
-
-    The float32 masters of the places in use are cast once for all blocks, in forward and again in backward: to keep
-    them in between would take half of the factors' size and save a hundredth of a step.
+def _cast(joint: _Joint, dtype: torch.dtype) -> list[Tensor]:
+    """a (P, R of all parts, I) and each part's b (P, O, R) in the compute dtype, for the P places in use.
 
     With anchors both are 2R wide. On a grid, the masters are rounded to it; nothing of them lies beyond its ends, so
     the gradients of what is used here are those of the masters, straight through.
     """
-    picked = [parts.used.of_stack(tensor) for tensor in held]
-    a, b = widened(*picked) if len(picked) == 4 else fake_quantised(picked[0], picked[1], stack.rounding)
-    a, b = a.to(dtype), b.to(dtype)
-    for block, own in zip(parts.blocks, parts.own, strict=True):
-        yield block, own.of_stack(a), own.of_stack(b)
+    used = joint.blocks.used
+    pairs = []
+    for part in joint.parts:
+        picked = [used.of_stack(tensor) for tensor in part.held]
+        pairs.append(
+            widened(*picked) if len(picked) == 4 else fake_quantised(picked[0], picked[1], part.stack.rounding)
+        )
+    if len(pairs) == 1:
+        a = pairs[0][0].to(dtype)
+    else:
+        a = pairs[0][0].new_empty(used.count, joint.parts[-1].columns.stop, pairs[0][0].shape[-1], dtype=dtype)
+        for part, (own, _) in zip(joint.parts, pairs, strict=True):
+            a[:, part.columns].copy_(own)
+    return [a, *(b.to(dtype) for _, b in pairs)]
+
+
+def _by_block(joint: _Joint, cast: Sequence[Tensor]) -> Iterator[tuple[Block, Tensor, list[Tensor]]]:
+    """Each block with the a (G, R of all parts, I) and each part's b (G, O, R) of its groups."""
+    a, *bs = cast
+    for block, own in zip(joint.blocks.blocks, joint.blocks.own, strict=True):
+        yield block, own.of_stack(a), [own.of_stack(b) for b in bs]
 
 
 def _stacked(like: Tensor, parts: list[Block], products: list[Tensor]) -> Tensor:
@@ -187,12 +266,15 @@ def _stacked(like: Tensor, parts: list[Block], products: list[Tensor]) -> Tensor
     return total
 
 
-def _scaled(middle: Tensor, block: Block, stack: Stack) -> Tensor:
-    """A rank-wide intermediate (G, length, R) times the scale of each group, in place."""
-    scales = tuple(stack.scales[place] for place in block.places)
-    if len(set(scales)) == 1:
-        return middle.mul_(scales[0])
-    return middle.mul_(_column(scales, torch.promote_types(middle.dtype, torch.float32), middle.device))
+def _scaled(middle: Tensor, block: Block, parts: Sequence[_Part]) -> Tensor:
+    """A rank-wide intermediate (G, length, R of all parts) times the scale of each part and group, in place."""
+    scales = [tuple(part.stack.scales[place] for place in block.places) for part in parts]
+    if len({scale for own in scales for scale in own}) == 1:
+        return middle.mul_(scales[0][0])
+    dtype = torch.promote_types(middle.dtype, torch.float32)
+    for part, own in zip(parts, scales, strict=True):
+        middle[..., part.columns].mul_(_column(own, dtype, middle.device))
+    return middle
 
 
 @lru_cache(maxsize=256)
@@ -226,6 +308,19 @@ def low_rank(
     With `with_base` false, only the update (zero where no segment reaches). Ranges that no segment names are the bare
     base. The factors are cast to x's dtype; gradients reach them in their own.
     """
-    factors = [tensor for use in uses for tensor in _held(use)]
-    result: Tensor = _LowRank.apply(x, _Call(site, uses, with_base, extra), *factors)
+    return _applied(x, _Call([(site, uses)], with_base, extra))[0]
+
+
+def low_rank_together(x: Tensor, sites: Together) -> tuple[Tensor, ...]:
+    """What `low_rank` gives with the base for each of several sites that read one input.
+
+    Their products with the input are one, and so is what they add to its gradient: the sums of neighbouring sites are
+    added in another order than autograd would.
+    """
+    return _applied(x, _Call(sites, True, ((), {})))
+
+
+def _applied(x: Tensor, call: _Call) -> tuple[Tensor, ...]:
+    factors = [tensor for _, uses in call.sites for use in uses for tensor in _held(use)]
+    result: tuple[Tensor, ...] = _LowRank.apply(x, call, *factors)
     return result
