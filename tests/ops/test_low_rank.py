@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from manylora.ops.dropout import dropout_mask
 from manylora.ops.groups import LEAST_UNIT, LONGEST_COPIED, PADDED_RATIO, blocks
-from manylora.ops.low_rank import low_rank, reference
+from manylora.ops.low_rank import low_rank, low_rank_together, reference
 from manylora.types import Runs, Segment, Site, Stack, Use
 
 COLUMNS, ROWS = 6, 5
@@ -145,6 +145,74 @@ def test_any_route_gives_what_autograd_gives(route: tuple, with_base: bool) -> N
         for place, rank in enumerate(stack.ranks):
             assert not grads[0][place, rank:].any(), "padding got a gradient"
             assert not grads[1][place, :, rank:].any(), "padding got a gradient"
+
+
+@st.composite
+def neighbours(draw: Any) -> list[list[Kind]]:
+    """The stacks of two or three sites for the same two sets of slots, whatever their ranks, anchors and dropout."""
+    counts = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    sites = []
+    for _ in range(draw(st.integers(2, 3))):
+        own = []
+        for count in counts:
+            kind = draw(kinds())
+            ranks = tuple((kind.ranks * count)[:count])
+            dropouts = tuple((kind.dropouts * count)[:count]) if draw(st.booleans()) else ()
+            own.append(Kind(kind.shape_class, ranks, kind.anchored, kind.rounding, dropouts))
+        sites.append(own)
+    return sites
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    neighbours(), st.lists(st.tuples(st.integers(-1, 1), st.integers(0, 2), st.integers(0, 20)), min_size=1, max_size=8)
+)
+def test_sites_of_one_input_give_what_autograd_gives_of_each(of_sites: list, rows: list) -> None:
+    counts = [len(kind.ranks) for kind in of_sites[0]]
+    rows = [(which, place % counts[which] if which >= 0 else 0, items) for which, place, items in rows]
+    uses, items = uses_of([stack_of(kind, 0) for kind in of_sites[0]], rows)
+    assume(uses)
+    reached = [index for index, _ in enumerate(counts) if any(which == index and count for which, _, count in rows)]
+    runs = [use.runs for use in uses]
+    draw = torch.Generator().manual_seed(9)
+    x = torch.randn(items, COLUMNS, generator=draw, dtype=torch.float64)
+    sites, stacks = [], []
+    for number, own in enumerate(of_sites):
+        torch.manual_seed(number)
+        module = nn.Linear(COLUMNS, ROWS + number, bias=number == 1).double().requires_grad_(False)
+        site = Site(f"site {number}", "linear", module, plain=True)
+        made = [stack_of(own[index], 10 * number + index, site=site) for index in reached]
+        stacks += made
+        sites.append((site, [Use(stack, run) for stack, run in zip(made, runs, strict=True)]))
+    weight = torch.randn(items, sum(site.out_in[0] for site, _ in sites), generator=draw, dtype=torch.float64)
+
+    fast = results(lambda leaf: torch.cat(low_rank_together(leaf, sites), dim=1), x, stacks, weight)
+    truth = results(
+        lambda leaf: torch.cat([reference(leaf, *own, own[0].map) for own in sites], dim=1), x, stacks, weight
+    )
+    for got, want in zip(fast, truth, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, 2), (torch.float32, 0)])
+def test_what_factors_are_cast_to_is_kept_where_it_is_smaller(dtype: torch.dtype, kept: int) -> None:
+    """In bfloat16 the masters are read once; in their own dtype nothing is copied."""
+    stack = stack_of(Kind(2, (2, 2)), 1, torch.float32)
+    site = Site("site", "linear", nn.Linear(COLUMNS, ROWS, dtype=dtype).requires_grad_(False), plain=True)
+    uses, items = uses_of([stack], [(0, 0, 4), (0, 1, 4)])
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = low_rank(torch.randn(items, COLUMNS, dtype=dtype), site, uses, with_base=True)
+    shapes = {(2, 2, COLUMNS), (2, ROWS, 2)}
+    masters = [tensor for tensor in saved if tensor.dtype == torch.float32 and tuple(tensor.shape) in shapes]
+    casts = [tensor for tensor in saved if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes]
+    assert (len(masters), len(casts)) == (2, kept)
+    y.sum().backward()
 
 
 @settings(max_examples=200, deadline=None)
