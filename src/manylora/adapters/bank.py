@@ -97,7 +97,6 @@ class Bank:
         self._by_site: dict[str, list[Stack]] = {}
         self._plans: dict[tuple, list[tuple[Method, list[Use]]]] = {}
         self.recorded: dict[str, list[Tensor]] | None = None
-        self._joint = True
         self._ahead: _Ahead | None = None
         self._proven: set[str] | None = None
         base.bank = self
@@ -290,13 +289,8 @@ class Bank:
     # -- routing -------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def route(
-        self, slots: Sequence[int] | Route, streams: Sequence[int] | None = None, *, joint: bool = True
-    ) -> Iterator[Route]:
+    def route(self, slots: Sequence[int] | Route, streams: Sequence[int] | None = None) -> Iterator[Route]:
         """Within it, row r of every batch belongs to `slots[r]`; with `streams`, dropout is on and seeded by row.
-
-        `joint` false: no site is computed along with another that reads the same input, as who watches sites one by
-        one needs it.
 
         Raises:
             RouteError: a slot that the bank does not have.
@@ -310,12 +304,11 @@ class Bank:
                 )
         if route.streams is not None and len(route.streams) != len(route.slots):
             raise RouteError(f"{len(route.streams)} streams for {len(route.slots)} rows")
-        before = self.route_now, self._joint
-        self.route_now, self._joint = route, joint
+        before, self.route_now = self.route_now, route
         try:
             yield route
         finally:
-            self.route_now, self._joint = before
+            self.route_now = before
             self._ahead = None
 
     def prove(self) -> None:
@@ -377,7 +370,7 @@ class Bank:
         Only in training: what is computed ahead is held until its site is called, or the route ends.
         """
         names = self.base.reads_along.get(site.name)
-        if not names or not self._joint or not torch.is_grad_enabled() or x.is_inference():
+        if not names or not torch.is_grad_enabled() or x.is_inference():
             return None
         sites = [(site, uses)]
         for name in names:

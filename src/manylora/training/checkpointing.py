@@ -104,7 +104,7 @@ class _LayerForward:
         if self.owner.mode == "none" or not torch.is_grad_enabled() or not self._has_gradient(args, kwargs):
             return run(*args, **kwargs)
         products = self.products if self.owner.mode == "selective" else None
-        return recomputed(run, args, kwargs, around=self._route(joint=products is None), products=products)
+        return recomputed(run, args, kwargs, around=self._route(), products=products)
 
     def _own(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -117,15 +117,15 @@ class _LayerForward:
         given = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return any(tensor.requires_grad for tensor in given) or _is_trained(self.module)
 
-    def _route(self, joint: bool) -> Any:
-        """Opens the present route again, whenever it is called; what watches products wants each by itself."""
+    def _route(self) -> Any:
+        """Opens the present route again, whenever it is called."""
         bank = self.owner.base.bank
         if bank is None or bank.route_now is None:
             return nullcontext
         route = bank.route_now
 
         def again() -> AbstractContextManager[Any]:
-            return bank.route(route, joint=joint)
+            return bank.route(route)
 
         return again
 
