@@ -197,6 +197,27 @@ def gradient_norms_alone(slot: int) -> float:
     return gradient_norms(bank)[slot]
 
 
+def test_views_that_are_kept_follow_a_bank_whose_members_come_and_go() -> None:
+    """An optimiser that lives as long as the bank updates what one that is made anew for each step does."""
+    found = []
+    for fresh in (False, True):
+        draw = torch.Generator().manual_seed(4)
+        bank = bank_of(*SPECS)
+        optimizer = OPTIMIZERS.get("adamw")(bank)
+        for step, slots in enumerate(([0, 1, 2], [0, 2], [0, 1, 2], [1]), start=1):
+            if step == 2:
+                bank.clear(1)
+            if step == 3:
+                bank.put(Adapter.new(bank.base, AdapterSpec(rank=4, sites=("all-linear",)), seed=9), slot=1)
+            draw_gradients(bank, draw)
+            optimizer = OPTIMIZERS.get("adamw")(bank) if fresh else optimizer
+            optimizer.step(updates(step, UPDATES, slots), gradient_norms(bank))
+        found.append([held(bank, slot) for slot in range(3)])
+    for kept, anew in zip(*found, strict=True):
+        assert len(kept) == len(anew) > 0
+        assert all(torch.equal(one, other) for one, other in zip(kept, anew, strict=True))
+
+
 def test_norms_leave_slots_that_were_cleared_and_missing_gradients_out() -> None:
     bank = bank_of(*SPECS)
     assert gradient_norms(bank) == [0.0, 0.0, 0.0]
