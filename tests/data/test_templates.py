@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -268,6 +268,7 @@ REASONS = {"unstable template", "end token inside", "template refuses", "templat
 @pytest.mark.parametrize("name", STYLES)
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(talk=TALKS, turns=st.sampled_from(["all", "last"]))
+@example(talk=(None, [("\u2581", "\nIt is 4.")]), turns="all")
 def test_any_conversation_is_refused_with_a_reason_or_learned_exactly(name, talk, turns):
     system, exchanges = talk
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -292,4 +293,9 @@ def test_any_conversation_is_refused_with_a_reason_or_learned_exactly(name, talk
     if whole[: len(made.tokens)] != made.tokens:  # joined, so the text is the same and the header stays whole
         start, stop = made.spans[-1]
         assert rules.encode([conversation.turns[-1].before])[0] == made.tokens[:start]
-        assert conversation.turns[-1].after.startswith(rules.tokenizer.decode(made.tokens[:stop]))
+        # A piece that writes a space as the sign for it cannot tell the two apart when it is read back.
+        after, read = (
+            text.replace("\u2581", " ")
+            for text in (conversation.turns[-1].after, rules.tokenizer.decode(made.tokens[:stop]))
+        )
+        assert after.startswith(read)
