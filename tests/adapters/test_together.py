@@ -17,7 +17,6 @@ from manylora.objectives import OBJECTIVES
 from manylora.ops import low_rank
 from manylora.spec import AdapterSpec
 from manylora.training.checkpointing import Mode, checkpointed
-from manylora.training.step import backward
 
 
 class Readers(nn.Module):
@@ -165,13 +164,36 @@ def test_a_site_of_another_method_stays_by_itself(calls: list[list[str]]) -> Non
         assert calls == [["one"], ["last"]]
 
 
-def test_backward_through_several_batches_of_one_route() -> None:
-    """What one forward left uncalled is never taken by the next."""
-    base = language_base("llama", 2)
-    objectives = {0: OBJECTIVES.get("causal-lm")}
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_was_computed_ahead_belongs_to_its_route(nested: bool) -> None:
+    """The second reader of the very same input is called in another route: after the first's, or inside of it."""
+    base = readers()
+    (x,) = example(3).values()
+    one, two = base.sites["one"].module, base.sites["two"].module
     with Bank(base, dtype=torch.float64) as bank:
         fill(bank, (AdapterSpec(rank=2),))
-        batch = ragged_batch(base, slots=(0, 0))
-        once = backward(base, objectives, [batch])
-        twice = backward(base, objectives, [batch, batch])
-    assert once[0] == pytest.approx(twice[0], rel=1e-12)
+        with bank.route((-1,)):
+            bare = two(x)
+        with bank.route((0,)):
+            one(x)
+            if nested:
+                with bank.route((-1,)):
+                    got = two(x)
+        if not nested:
+            with bank.route((-1,)):
+                got = two(x)
+        assert torch.equal(got, bare)
+
+
+def test_what_was_computed_ahead_does_not_outlive_its_adapter() -> None:
+    base = readers()
+    (x,) = example(3).values()
+    one, two = base.sites["one"].module, base.sites["two"].module
+    other = Adapter.new(base, AdapterSpec(rank=2, full_sites=("two",)), seed=8)
+    with Bank(base, dtype=torch.float64) as bank:
+        fill(bank, (AdapterSpec(rank=2),))
+        with bank.route((0,)):
+            one(x)
+            bank.put(other, slot=0)
+            got = two(x)
+            torch.testing.assert_close(got, two(x.clone()), rtol=0.0, atol=0.0)

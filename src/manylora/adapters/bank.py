@@ -174,6 +174,7 @@ class Bank:
             stack.slots[place] = -1
         self._adapters.pop(slot, None)
         self._plans.clear()
+        self._ahead = None
 
     def _close_gaps(self) -> None:
         """Drop the places that no slot owns, and the stacks that have no other."""
@@ -305,6 +306,7 @@ class Bank:
         if route.streams is not None and len(route.streams) != len(route.slots):
             raise RouteError(f"{len(route.streams)} streams for {len(route.slots)} rows")
         before, self.route_now = self.route_now, route
+        self._ahead = None
         try:
             yield route
         finally:
@@ -367,7 +369,7 @@ class Bank:
     def together(self, site: Site, x: Tensor, method: Method, uses: list[Use]) -> Tensor | None:
         """A site's output, computed along with those of the sites that read x after it; None where none does.
 
-        Only in training: what is computed ahead is held until its site is called, or the route ends.
+        Only in training: what is computed ahead is held until its site is called, or another route or adapter comes.
         """
         names = self.base.reads_along.get(site.name)
         if not names or not torch.is_grad_enabled() or x.is_inference():

@@ -42,7 +42,6 @@ class Compiling:
     """The layers of a base, compiled while `compiled` is open."""
 
     def __init__(self, base: FrozenModel):
-        self.base = base
         self.layers = repeated_layers(base.model, base.sites)
         self._before = _seconds_compiling()
 
