@@ -6,7 +6,7 @@ Nothing here imports another part of manylora but `spec`, so every layer of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -223,13 +223,19 @@ class Batch:
 
     `inputs` are keyword arguments of the base's forward, rows first. `targets` are what the objective compares with,
     rows first: `labels` (rows, tokens) int64 is the token that each position must predict (already shifted), IGNORED
-    where nothing is learned. `streams` seeds each row's dropout; None: dropout off.
+    where nothing is learned; `sequences` (rows, tokens) int64 says which sequence of its row each position belongs to.
+    `streams` seeds each row's dropout; None: dropout off.
+
+    `costs[r]` is what row r takes to compute, in tokens, padding counted; `num_trained[r]` is how many targets it
+    holds. Both are those of whoever made the batch: nobody else knows which of the targets is one.
     """
 
     inputs: Mapping[str, Tensor]
     targets: Mapping[str, Tensor]
     slots: tuple[int, ...]
     streams: tuple[int, ...] | None = None
+    costs: tuple[int, ...] = ()
+    num_trained: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -240,39 +246,133 @@ class Batch:
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, targets={name: tensor.to(device) for name, tensor in self.targets.items()})
 
+    def rows_of(self, slots: Collection[int]) -> tuple[int, ...]:
+        """The rows that belong to one of these slots, in order."""
+        return tuple(row for row, slot in enumerate(self.slots) if slot in slots)
+
+    def only(self, slots: Collection[int]) -> Batch:
+        """The rows of these slots, in order; the batch itself where that is all of them."""
+        return self.take(self.rows_of(slots))
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """These rows, in this order; the batch itself where that is all of them in their own order."""
+        if tuple(rows) == tuple(range(self.num_rows)):
+            return self
+
+        def of(values: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(values[row] for row in rows) if values else ()
+
+        return Batch(
+            inputs={name: take_rows(tensor, rows) for name, tensor in self.inputs.items()},
+            targets={name: take_rows(tensor, rows) for name, tensor in self.targets.items()},
+            slots=of(self.slots),
+            streams=None if self.streams is None else of(self.streams),
+            costs=of(self.costs),
+            num_trained=of(self.num_trained),
+        )
+
+
+def take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of a tensor (rows, ...), in this order; a view where they are neighbours."""
+    first = rows[0] if rows else 0
+    if tuple(rows) == tuple(range(first, first + len(rows))):
+        return tensor[first : first + len(rows)]
+    return tensor[torch.tensor(rows, device=tensor.device)]
+
 
 @dataclass(frozen=True, slots=True)
 class RowTotals:
     """What an objective returns: `total` (rows,) sums of the loss in float32 or better, `metrics` (rows,) sums by name.
 
-    Divide sums by `Objective.weight` of the same rows, added over as many rows as belong together.
+    Divide sums by `Objective.weight` of the same rows, added over as many rows as belong together. `observed`
+    (rows, ...), without a gradient, is what each row adds to what the objective learns of its member in this step.
     """
 
     total: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Outputs(Protocol):
     """The base's outputs, before anything of the size tokens x vocabulary exists."""
 
     def map_supervised(
-        self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+        self,
+        labels: Tensor,
+        fn: Callable[..., Mapping[str, Tensor]],
+        *,
+        beside: Any = None,
+        sequences: Tensor | None = None,
     ) -> Mapping[str, Tensor]:
         """Sums by row of `fn(logits (n, V), labels (n,)) -> {name: (n,)}` over the supervised positions.
 
-        A position is supervised where its label is not IGNORED.
+        A position is supervised where its label is not IGNORED. `beside` are outputs of the same rows that no gradient
+        flows to, a reference's: `fn` is then given their logits (n, V) of the same positions as its third argument.
+        With `sequences` (rows, tokens), of each position the number of its sequence, the sums are (rows, sequences).
+        """
+        ...
+
+    def whole_rows(self) -> Tensor:
+        """Every place of every row, in float32 or better: logits (rows, tokens, V), or what the module itself gives."""
+        ...
+
+    def take(self, rows: Sequence[int]) -> Outputs:
+        """The outputs of these rows of the batch, in this order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Follower:
+    """An adapter beside a member's own that no gradient trains: a copy of what the member starts from.
+
+    After each step it keeps the share `decay` of what it was and takes the rest from the member: 1 stays the start, a
+    little less is a slow average.
+    """
+
+    decay: float = 1.0
+
+
+class Beside(Protocol):
+    """What an objective may ask for beside the outputs of its rows."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What `Objective.update` made of the steps before; the same for all rows of a step."""
+        ...
+
+    def outputs(self, batch: Batch, who: str = "base") -> Outputs:
+        """The outputs of rows: of the bare base ("base") or a follower by its name, without gradient and dropout.
+
+        "own" are the rows' own slots, with both: for a second batch, another view of the same examples.
+
+        Raises:
+            RouteError: the objective has no follower of that name.
         """
         ...
 
 
 class Objective(Protocol):
-    """What is minimised: a pure function of (outputs, batch)."""
+    """What is minimised: a function of (outputs, batch), and of what it asks for beside them.
+
+    It holds nothing itself. What it learns of a member is the member's: `begin` before the first step, then `update`.
+    """
+
+    followers: Mapping[str, Follower]
+    """The adapters that it wants kept beside each member's own, by name."""
+
+    def begin(self) -> Mapping[str, Tensor]:
+        """The state of a member that has made no step; {}: this objective keeps none."""
+        ...
+
+    def update(self, state: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The state after a step: `observed` are the rows' `RowTotals.observed`, added over all rows of the step."""
+        ...
 
     def weight(self, batch: Batch) -> Tensor:
         """(rows,) float64: how much each row counts, from the data alone, so that accumulation is exact."""
         ...
 
-    def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals: ...
+    def __call__(self, outputs: Outputs, batch: Batch, beside: Beside) -> RowTotals: ...
 
 
 class Packed(Protocol):

@@ -44,6 +44,14 @@ class Route:
     def __post_init__(self):
         object.__setattr__(self, "reached", frozenset(self.slots))
 
+    def take(self, rows: Sequence[int]) -> Route:
+        """The route of these rows, in this order."""
+
+        def of(values: tuple[int, ...] | None) -> tuple[int, ...] | None:
+            return None if values is None else tuple(values[row] for row in rows)
+
+        return Route(tuple(self.slots[row] for row in rows), of(self.streams), of(self.counts))
+
     def bounds(self, items: int, site: str) -> list[int]:
         """Where each row begins among a site's items; one number more than rows."""
         if self.counts is not None:
@@ -157,6 +165,21 @@ class Bank:
             )
             factors[stack.site.name] = Factors(stack.method, tensors, anchors)
         return replace(self._adapters[slot], factors={name: factors[name] for name in self._names[slot]})
+
+    @torch.no_grad()
+    def follow(self, slot: int, follower: int, decay: float) -> None:
+        """Move the factors in a follower's slot towards those of a slot: it keeps the share `decay` of what it was.
+
+        Both slots hold adapters of one specification.
+        """
+        if decay == 1.0:
+            return
+        for stack in self.stacks.values():
+            if slot in stack.slots:
+                to, of = stack.slots.index(follower), stack.slots.index(slot)
+                for tensor in stack.tensors.values():
+                    tensor[to].lerp_(tensor[of], 1.0 - decay)
+        self._ahead = None
 
     def clear(self, slot: int) -> None:
         """Empty a slot and give back what it held in memory."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manylora.base.sites import find_sites
-from manylora.types import IGNORED, Batch, Outputs, Site
+from manylora.types import IGNORED, Batch, Outputs, Site, take_rows
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -107,14 +107,53 @@ class ModuleOutputs:
         self.logits = logits
 
     def map_supervised(
-        self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+        self,
+        labels: Tensor,
+        fn: Callable[..., Mapping[str, Tensor]],
+        *,
+        beside: ModuleOutputs | None = None,
+        sequences: Tensor | None = None,
     ) -> Mapping[str, Tensor]:
-        """Sums by row of `fn(logits (n, C), labels (n,)) -> {name: (n,)}` over places whose label is not IGNORED."""
+        """Sums by row of `fn(logits (n, C), labels (n,)) -> {name: (n,)}` over places whose label is not IGNORED.
+
+        `beside` and `sequences` are those of `types.Outputs`.
+        """
         chosen = labels.ne(IGNORED)
-        logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
-        values = fn(logits[chosen], labels[chosen])
+        others = () if beside is None else (_wide(beside.logits)[chosen],)
+        values = fn(_wide(self.logits)[chosen], labels[chosen], *others)
         rows = chosen.nonzero()[:, 0]
+        return summed_by_row(values, rows, len(labels), None if sequences is None else sequences[chosen])
+
+    def whole_rows(self) -> Tensor:
+        """What the module gave, in float32 or better."""
+        return _wide(self.logits)
+
+    def take(self, rows: Sequence[int]) -> ModuleOutputs:
+        """The outputs of these rows, in this order."""
+        return ModuleOutputs(take_rows(self.logits, rows))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def summed_by_row(
+    values: Mapping[str, Tensor], rows: Tensor, num_rows: int, sequences: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Values (n,) of places added up by row (rows,), or by sequence of each row (rows, sequences).
+
+    `rows` (n,) is the row of each place, `sequences` (n,) its sequence in that row, counted from 0.
+    """
+    if sequences is None:
         return {
-            name: torch.zeros(len(labels), dtype=value.dtype, device=value.device).index_add(0, rows, value)
+            name: torch.zeros(num_rows, dtype=value.dtype, device=value.device).index_add(0, rows, value)
             for name, value in values.items()
         }
+    most = int(sequences.max()) + 1 if len(sequences) else 0
+    places = rows * most + sequences
+    return {
+        name: torch.zeros(num_rows * most, dtype=value.dtype, device=value.device)
+        .index_add(0, places, value)
+        .view(num_rows, most)
+        for name, value in values.items()
+    }

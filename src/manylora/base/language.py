@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from manylora.base.frozen import FrozenModel
+from manylora.base.frozen import FrozenModel, summed_by_row
 from manylora.base.probes import RowRules, packed_inputs, probe_rows
 from manylora.base.sites import reads_along
 from manylora.base.tokenizer import template_digest, tokenizer_digest
@@ -21,7 +22,7 @@ from manylora.ops.attention_model import use_attention
 from manylora.ops.dropout import mix
 from manylora.ops.elementwise_model import use_elementwise
 from manylora.ops.positions import LINEAR_DTYPES, linear_nats, nats, values_and_gradient, with_gradient
-from manylora.types import IGNORED, Batch, Packing, Site
+from manylora.types import IGNORED, Batch, Packing, Site, take_rows
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits that exist at one time while a loss is computed in chunks: positions x vocabulary."""
@@ -198,39 +199,66 @@ class LanguageOutputs:
         self.num_rows = batch.num_rows
 
     def map_supervised(
-        self, labels: Tensor, fn: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+        self,
+        labels: Tensor,
+        fn: Callable[..., Mapping[str, Tensor]],
+        *,
+        beside: LanguageOutputs | None = None,
+        sequences: Tensor | None = None,
     ) -> Mapping[str, Tensor]:
         """Sums by row of `fn(logits (n, V), labels (n,)) -> {name: (n,)}` over the supervised positions.
 
-        Nothing of the size positions x vocabulary outlives its chunk. Behind a head that no adapter of this batch
-        changes, a position's gradient is computed along with its value; behind another, and where several outputs of
-        `fn` have a gradient, the backward computes a chunk's logits again.
+        Nothing of the size positions x vocabulary outlives its chunk, of `beside` neither. Behind a head that no
+        adapter of this batch changes, a position's gradient is computed along with its value; behind another, and where
+        several outputs of `fn` have a gradient, the backward computes a chunk's logits again. `beside` and `sequences`
+        are those of `types.Outputs`.
         """
         chosen = labels.ne(IGNORED)
         counts = chosen.sum(dim=1).tolist()
         index = chosen.reshape(-1).nonzero().squeeze(1)
-        picked = self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, index)
-        wanted = labels.reshape(-1).index_select(0, index)
-        rows = index // labels.shape[1]
-        return {
-            name: torch.zeros(self.num_rows, dtype=value.dtype, device=value.device).index_add(0, rows, value)
-            for name, value in self._values(picked, wanted, counts, fn).items()
-        }
+        positions = _Positions(self._states_at(index), labels.reshape(-1).index_select(0, index), None)
+        if beside is not None:
+            fn = partial(_with_logits_of, beside, fn)
+            positions = positions._replace(others=beside._states_at(index))
+        values = self._values(positions, counts, fn)
+        of_sequence = None if sequences is None else sequences.reshape(-1).index_select(0, index)
+        return summed_by_row(values, index // labels.shape[1], self.num_rows, of_sequence)
 
-    def _values(self, hidden: Tensor, labels: Tensor, counts: list[int], fn: Callable) -> Mapping[str, Tensor]:
+    def whole_rows(self) -> Tensor:
+        """Logits (rows, tokens, V) of every position, in float32 or better: for vocabularies that are small."""
+        tokens = self.hidden.shape[1]
+        with self._route_of([(row, 0, tokens) for row in range(self.num_rows)])():
+            logits = self.base.logits(self.hidden.reshape(-1, self.hidden.shape[-1]))
+        return logits.view(self.num_rows, tokens, -1)
+
+    def take(self, rows: Sequence[int]) -> LanguageOutputs:
+        """The outputs of these rows, in this order; itself where that is all of them in their own order."""
+        if tuple(rows) == tuple(range(self.num_rows)):
+            return self
+        chosen = copy.copy(self)
+        chosen.num_rows = len(rows)
+        chosen.hidden = take_rows(self.hidden, rows)
+        chosen.route = None if self.route is None else self.route.take(rows)
+        return chosen
+
+    def _states_at(self, index: Tensor) -> Tensor:
+        return self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, index)
+
+    def _values(self, positions: _Positions, counts: list[int], fn: Callable) -> Mapping[str, Tensor]:
         """What `fn` gives for each position, in order."""
+        hidden, labels, _ = positions
         if not len(labels):  # no row of the batch supervises anything
             with torch.no_grad():
-                return fn(self.base.logits(hidden), labels)
+                return self._run(*positions, [], fn)
         constant = self._head_is_constant(hidden, counts)
         if constant and fn is nats and (linear := self._linear_head()) is not None:
             return {"nats": linear_nats(hidden, labels, *linear)}
         grouped = chunks(counts, max(1, CHUNK_ELEMENTS // self.base.vocabulary))
         # A head that is adapted, alone perhaps, wants a gradient where the states do not.
         if torch.is_grad_enabled() and (hidden.requires_grad or not constant):
-            known = self._values_and_gradient(hidden, labels, grouped, fn) if constant else None
-            return self._recomputed(hidden, labels, grouped, fn) if known is None else known
-        return _joined([self._run(*given, fn) for given in _each(hidden, labels, grouped)])
+            known = self._values_and_gradient(positions, grouped, fn) if constant else None
+            return self._recomputed(positions, grouped, fn) if known is None else known
+        return _joined([self._run(*piece, fn) for piece in _each(positions, grouped)])
 
     def _head_is_constant(self, hidden: Tensor, counts: list[int]) -> bool:
         """Whether logits are a function of the states alone, and nothing else between the two wants a gradient."""
@@ -257,28 +285,33 @@ class LanguageOutputs:
         return (weight, bias) if weight.dtype in LINEAR_DTYPES else None
 
     def _run(
-        self, hidden: Tensor, labels: Tensor, pieces: list[tuple[int, int, int]], fn: Callable
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        others: Tensor | None,
+        pieces: Pieces,
+        fn: Callable,
     ) -> dict[str, Tensor]:
+        """What `fn` gives for a chunk; `others` are states of the same positions that `fn` is given besides."""
         with self._route_of(pieces)():
-            return dict(fn(self.base.logits(hidden), labels))
+            logits = self.base.logits(hidden)
+        return dict(fn(logits, labels) if others is None else fn(logits, labels, others, pieces))
 
-    def _recomputed(self, hidden: Tensor, labels: Tensor, grouped: list, fn: Callable) -> Mapping[str, Tensor]:
+    def _recomputed(self, positions: _Positions, grouped: list, fn: Callable) -> Mapping[str, Tensor]:
         """The values; a chunk's route is made here and travels with it into the backward's recomputation."""
         return _joined([
-            checkpoint(self._run, *given, fn, use_reentrant=False, preserve_rng_state=False)
-            for given in _each(hidden, labels, grouped)
+            checkpoint(self._run, *piece, fn, use_reentrant=False, preserve_rng_state=False)
+            for piece in _each(positions, grouped)
         ])  # fmt: skip
 
-    def _values_and_gradient(
-        self, hidden: Tensor, labels: Tensor, grouped: list, fn: Callable
-    ) -> Mapping[str, Tensor] | None:
+    def _values_and_gradient(self, positions: _Positions, grouped: list, fn: Callable) -> Mapping[str, Tensor] | None:
         """The values, with the gradient of the one that has one; None where several have one."""
         found: list[dict[str, Tensor]] = []
-        gradients = torch.empty_like(hidden)
+        gradients = torch.empty_like(positions.hidden)
         trained: str | None = None
         begin = 0
-        for part, wanted, pieces in _each(hidden, labels, grouped):
-            made = values_and_gradient(partial(self._run, labels=wanted, pieces=pieces, fn=fn), part)
+        for part, labels, others, pieces in _each(positions, grouped):
+            made = values_and_gradient(partial(self._run, labels=labels, others=others, pieces=pieces, fn=fn), part)
             if made is None:
                 return None
             values, trained, gradient = made
@@ -288,10 +321,10 @@ class LanguageOutputs:
             begin += len(part)
         joined = _joined(found)
         if trained is not None:
-            joined[trained] = with_gradient(joined[trained], hidden, gradients)
+            joined[trained] = with_gradient(joined[trained], positions.hidden, gradients)
         return joined
 
-    def _route_of(self, pieces: list[tuple[int, int, int]]) -> Callable:
+    def _route_of(self, pieces: Pieces) -> Callable:
         if self.route is None:
             return nullcontext
         route, bank = self.route, self.base.bank
@@ -305,12 +338,33 @@ class LanguageOutputs:
         return lambda: bank.route(chosen)
 
 
-def _each(
-    hidden: Tensor, labels: Tensor, grouped: list[list[tuple[int, int, int]]]
-) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, int, int]]]]:
+class _Positions(NamedTuple):
+    """States (n, H) and labels (n,) of the supervised positions, and a reference's states of the same positions."""
+
+    hidden: Tensor
+    labels: Tensor
+    others: Tensor | None
+
+
+Pieces = list[tuple[int, int, int]]
+"""(row, start, stop): which of the supervised positions of a row."""
+
+
+def _each(positions: _Positions, grouped: list[Pieces]) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Pieces]]:
     """The states and labels of each group of pieces, and the pieces."""
     sizes = [sum(stop - start for _, start, stop in pieces) for pieces in grouped]
-    yield from zip(hidden.split(sizes), labels.split(sizes), grouped, strict=True)
+    hidden, labels, others = positions
+    beside = [None] * len(sizes) if others is None else others.split(sizes)
+    yield from zip(hidden.split(sizes), labels.split(sizes), beside, grouped, strict=True)
+
+
+def _with_logits_of(
+    beside: LanguageOutputs, fn: Callable, logits: Tensor, labels: Tensor, states: Tensor, pieces: Pieces
+) -> Mapping[str, Tensor]:
+    """`fn` with the logits of a reference's states at the same positions, to which no gradient flows."""
+    with torch.no_grad(), beside._route_of(pieces)():
+        others = beside.base.logits(states)
+    return fn(logits, labels, others)
 
 
 def _joined(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

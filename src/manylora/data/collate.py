@@ -54,7 +54,8 @@ def collate(
     """The tensors of some rows, on the CPU; as wide as the longest row, rounded up to a multiple of 8, at most `width`.
 
     `labels` (rows, tokens) int64 are shifted: what each position must predict, IGNORED at the end of each sequence,
-    where the next token is no target, and on padding. `position_ids` begin at 0 with each sequence; padding counts as
+    where the next token is no target, and on padding. `sequences` counts from 0 in each row; padding, which has no
+    label, is said to be of the first. `position_ids` begin at 0 with each sequence; padding counts as
     further sequences, none longer than the longest real one, so that no position is beyond what the base has.
 
     `packing` and `causal` are the base's own. "positions": there is no attention mask (transformers finds packed
@@ -74,13 +75,15 @@ def collate(
     tokens = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
+    sequences = np.zeros(shape, dtype=np.int64)
     for row, examples in enumerate(examples_per_row):
         start = 0
-        for example in examples:
+        for number, example in enumerate(examples):
             stop = start + len(example)
             tokens[row, start:stop] = example.tokens
             labels[row, start : stop - 1] = np.where(example.trained[1:], example.tokens[1:], IGNORED)
             positions[row, start:stop] = np.arange(stop - start)
+            sequences[row, start:stop] = number
             start = stop
         positions[row, start:] = np.arange(shape[1] - start) % longest
     inputs = {"input_ids": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions)}
@@ -90,9 +93,11 @@ def collate(
         inputs["attention_mask"] = _mask(inputs["position_ids"], causal)
     return Batch(
         inputs=inputs,
-        targets={"labels": torch.from_numpy(labels)},
+        targets={"labels": torch.from_numpy(labels), "sequences": torch.from_numpy(sequences)},
         slots=tuple(slots),
         streams=None if streams is None else tuple(streams),
+        costs=(shape[1],) * shape[0],
+        num_trained=tuple((labels != IGNORED).sum(axis=1).tolist()),
     )
 
 

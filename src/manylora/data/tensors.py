@@ -147,5 +147,11 @@ def stack(
             f"rows of one batch have other shapes or inputs: {shapes}", next_step="give every row the same shapes"
         ) from error
     labels = torch.stack([one.target for one in examples])
-    return Batch(inputs=inputs, targets={"labels": labels}, slots=tuple(slots),
-                 streams=None if streams is None else tuple(streams))  # fmt: skip
+    return Batch(
+        inputs=inputs,
+        targets={"labels": labels},
+        slots=tuple(slots),
+        streams=None if streams is None else tuple(streams),
+        costs=(1,) * len(examples),
+        num_trained=tuple(labels.ge(0).long().tolist()),
+    )

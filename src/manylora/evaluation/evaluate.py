@@ -11,8 +11,9 @@ from manylora.data.batches import Epochs
 from manylora.data.collate import batch_of
 from manylora.errors import ConfigError, DataError
 from manylora.generation.decode import generate
-from manylora.generation.route import route_rows
+from manylora.objectives.forward import Aim, SlotSums, forward_batch
 from manylora.ops.dropout import mix
+from manylora.ops.refused import as_many_as_fit
 from manylora.tasks.task import Metrics, Sample, Task
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ def evaluate_loss(
 ) -> Metrics:
     """`loss` (nats a trained token), `perplexity` and `tokens` (how many trained tokens) of one slot.
 
+    Followers that the objective asks for are the bare base.
+
     Raises:
         DataError: no example, or none with a trained token. RouteError: an adapter's slot and no bank.
+        OutOfMemory: the memory does not hold one row.
     """
-    (found,) = evaluate_losses(
-        base, examples, slots=[slot], row_tokens=row_tokens, objective=objective, rows_per_batch=rows_per_batch
-    )
+    aims = {slot: Aim.fresh(objective)}
+    (found,) = evaluate_losses(base, examples, aims, row_tokens=row_tokens, rows_per_batch=rows_per_batch)
     return found
 
 
@@ -48,49 +51,43 @@ def evaluate_loss(
 def evaluate_losses(
     base: FrozenModel,
     examples: Sequence[Any],
+    aims: Mapping[int, Aim],
     *,
-    slots: Sequence[int],
     row_tokens: int,
-    objective: Objective,
     rows_per_batch: int = 8,
 ) -> list[Metrics]:
-    """`evaluate_loss` of several slots, in their order; each batch holds the same rows once for every slot.
+    """`evaluate_loss` of several slots, in the order of `aims`; each batch holds the same rows once for every slot.
 
     Semantics: loss = sum over examples of the objective's totals / sum of its weights, in float64; neither the rows
-    that examples were packed into nor the batches change it.
+    that examples were packed into nor the batches change it. Batches that memory refuses are computed in smaller ones.
 
     Raises:
-        DataError: no example, or none with a trained token.
+        DataError: no example, or none with a trained token. OutOfMemory: the memory does not hold one row.
         RouteError: an adapter's slot and no bank; several slots on a bank that is not proven (`bank.prove()`).
     """
     if rows_per_batch < 1:
         raise ConfigError(f"rows_per_batch is {rows_per_batch}", allowed="at least 1")
-    totals, weights = torch.zeros(len(slots), dtype=torch.float64), torch.zeros(len(slots), dtype=torch.float64)
-    metrics: dict[str, torch.Tensor] = {}
     rows = Epochs(examples, row_tokens=row_tokens, seed=0, packs=base.packs).rows(0) if examples else []
-    for start in range(0, len(rows), rows_per_batch):
-        chosen = [[examples[index] for index in row] for row in rows[start : start + rows_per_batch]]
-        # Slot by slot, so that each slot's update runs over one block of rows.
-        batch = batch_of(
-            chosen * len(slots), base, width=row_tokens, slots=tuple(slot for slot in slots for _ in chosen)
-        )
-        batch = batch.to(base.device)
-        with route_rows(base, batch.slots):
-            found = objective(base.outputs(batch), batch)
-        totals += found.total.double().cpu().view(len(slots), -1).sum(dim=1)
-        for name, values in found.metrics.items():
-            sums = values.double().cpu().view(len(slots), -1).sum(dim=1)
-            metrics[name] = metrics[name] + sums if name in metrics else sums
-        weights += objective.weight(batch).double().cpu().view(len(slots), -1).sum(dim=1)
-    return [
-        _metrics(
-            totals[place].item(),
-            weights[place].item(),
-            {name: values[place].item() for name, values in metrics.items()},
-            len(examples),
-        )
-        for place in range(len(slots))
-    ]
+
+    def run(at_once: int) -> SlotSums:
+        sums = SlotSums(aims, base.device)
+        for start in range(0, len(rows), rows_per_batch):
+            # Slot by slot, so that each slot's update runs over one block of rows.
+            pairs = [(slot, row) for slot in aims for row in rows[start : start + rows_per_batch]]
+            for begin in range(0, len(pairs), at_once):
+                chosen = pairs[begin : begin + at_once]
+                batch = batch_of(
+                    [[examples[index] for index in row] for _, row in chosen],
+                    base,
+                    width=row_tokens,
+                    slots=[slot for slot, _ in chosen],
+                )
+                sums.weigh(batch)
+                sums.add(batch, forward_batch(base, batch, aims))
+        return sums
+
+    sums = as_many_as_fit(run, rows_per_batch * len(aims), base.device)
+    return [_metrics(sums, slot, len(examples)) for slot in aims]
 
 
 def evaluate_text(
@@ -109,20 +106,26 @@ def evaluate_text(
 
     Examples that share a prompt are one input with several references. Examples without a prompt (plain text) have
     nothing to answer and are left out; where all are, both results are empty. `max_inputs` takes the first inputs only.
-    At a temperature above 0, `seed` and the input's place seed each answer.
+    At a temperature above 0, `seed` and the input's place seed each answer. Where memory refuses `batch_rows` prompts
+    at once, fewer are answered together.
 
     Raises:
         DataError: a prompt that leaves no position for an answer. RouteError: an adapter's slot and no bank.
+        OutOfMemory: the memory does not hold one prompt.
     """
     inputs = _inputs(examples)[:max_inputs]
-    answers = generate(
-        base,
-        [prompt for prompt, _ in inputs],
-        slots=[slot] * len(inputs),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seeds=[mix(seed, place) for place in range(len(inputs))],
-        batch_rows=batch_rows,
+    answers = as_many_as_fit(
+        lambda at_once: generate(
+            base,
+            [prompt for prompt, _ in inputs],
+            slots=[slot] * len(inputs),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seeds=[mix(seed, place) for place in range(len(inputs))],
+            batch_rows=at_once,
+        ),
+        batch_rows,
+        base.device,
     )
     samples = [
         Sample(together[0].prompt, tuple(example.reference for example in together), answer.text)
@@ -141,15 +144,15 @@ def _inputs(examples: Sequence[Example]) -> list[tuple[tuple[int, ...], list[Exa
     return list(found.items())
 
 
-def _metrics(total: float, weight: float, sums: Mapping[str, float], num_examples: int) -> Metrics:
+def _metrics(sums: SlotSums, slot: int, num_examples: int) -> Metrics:
+    weight = sums.weight(slot)
     if weight == 0:
         raise DataError(
             f"none of the {num_examples} examples has a trained token, so there is no loss to measure",
             next_step="give rows with a completion or an assistant turn",
         )
-    loss = total / weight
-    means = {name: value / weight for name, value in sums.items()}
-    return {"loss": loss, "perplexity": _exponential(loss), **means, "tokens": weight}
+    loss = sums.loss(slot)
+    return {"loss": loss, "perplexity": _exponential(loss), **sums.metrics(slot), "tokens": weight}
 
 
 def _exponential(value: float) -> float:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from manylora.adapters.route import route_rows
 from manylora.errors import ConfigError, DataError, RouteError
-from manylora.generation.route import route_rows
 from manylora.generation.sampling import Sampling, row_generators
 from manylora.generation.stream import decode_text
 

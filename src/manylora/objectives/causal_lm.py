@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manylora.objectives.objective import ALONE, Stateless
 from manylora.ops.positions import nats
-from manylora.types import IGNORED, Batch, Outputs, RowTotals
+from manylora.types import IGNORED, Batch, Beside, Outputs, RowTotals
 
 
-class CausalLm:
+class CausalLm(Stateless):
     """Total: nats, summed over a row's supervised tokens. Weight: their number."""
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.targets["labels"].ne(IGNORED).sum(dim=1).to(torch.float64)
 
-    def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals:
+    def __call__(self, outputs: Outputs, batch: Batch, beside: Beside = ALONE) -> RowTotals:
         sums = outputs.map_supervised(batch.targets["labels"], nats)
         return RowTotals(sums["nats"])
 

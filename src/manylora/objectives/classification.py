@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from manylora.types import IGNORED, Batch, Outputs, RowTotals
+from manylora.objectives.objective import ALONE, Stateless
+from manylora.types import IGNORED, Batch, Beside, Outputs, RowTotals
 
 
-class Classification:
+class Classification(Stateless):
     """Total: nats of a row's class; metric `accuracy`: 1 where it has the highest score. Weight: rows with a class."""
 
     def weight(self, batch: Batch) -> Tensor:
         return batch.targets["labels"].ne(IGNORED).to(torch.float64)
 
-    def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals:
+    def __call__(self, outputs: Outputs, batch: Batch, beside: Beside = ALONE) -> RowTotals:
         sums = outputs.map_supervised(batch.targets["labels"], _nats)
         return RowTotals(sums["nats"], {"accuracy": sums["accuracy"]})
 

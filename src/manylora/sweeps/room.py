@@ -26,7 +26,7 @@ PROBED = 3
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many slots there are, the tokens of one forward, the bytes that residents hold together, and why.
+    """How many members train at once, the tokens of one forward, the bytes that they hold together, and why.
 
     `coming_bytes` is what the members and their largest forward will hold; None: not known.
     """
@@ -54,7 +54,9 @@ def room_for(
     largest = sorted(kinds.values(), key=lambda one: -max(one.adapter.rank, *one.adapter.rank_pattern.values(), 0))
     longest = max(likely, key=lambda one: one.train.row_tokens * one.train.rows_per_step)
     made = _made(largest, stock)
-    sizes = [member_bytes(stock.base, adapter, one.train.optimizer) for one, _, adapter in made]
+    sizes = [
+        member_bytes(stock.base, adapter, one.train.optimizer, copies=member.num_slots) for one, member, adapter in made
+    ]
     _, member, adapter = made[sizes.index(max(sizes))]
     with checkpointed(stock.base, asked(config.train).mode):
         activations = token_bytes(stock.base, adapter, member.objective, member.epochs)

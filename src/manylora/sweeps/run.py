@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from manylora.adapters.adapter import Adapter
+from manylora.adapters.bank import Bank
 from manylora.config import Config, StopConfig
 from manylora.errors import ConfigError, NonFiniteLoss
 from manylora.files import write_folder_atomic, write_json_atomic
@@ -152,7 +153,8 @@ def _finish(
         shutil.copytree(folder.adapter(best.member), partial, dirs_exist_ok=True)
     board.note(f"evaluating the base and {best.member} on the held-out rows")
     adapter = Adapter.load(path)
-    scores = compare(config, stock, adapter, folder, best.member)
+    with Bank(stock.base, num_slots=stock.slots_per_member) as bank:
+        scores = compare(config, stock, adapter, folder, best.member, bank, range(bank.num_slots))
     told = ledger.write(winner=best)
     summary = {
         "run": str(folder.path),

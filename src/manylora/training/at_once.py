@@ -10,7 +10,7 @@ from manylora.errors import OutOfMemory
 from manylora.training.checkpointing import Checkpointing
 from manylora.training.member import Member
 from manylora.training.optim.stacked import StackedOptimizer
-from manylora.training.step import ForwardTooLarge, StepResult, probe_step, train_step
+from manylora.training.step import AddUp, ForwardTooLarge, StepResult, on_one_device, probe_step, train_step
 
 
 class AtOnce:
@@ -28,12 +28,14 @@ class AtOnce:
         shrunk: Callable[[ForwardTooLarge, str], None],
         *,
         strengthens: bool = False,
+        add_up: AddUp = on_one_device,
     ):
         self.base = base
         self.budget_tokens = budget_tokens
         self.checkpointing = checkpointing
         self._shrunk = shrunk
         self._strengthens = strengthens
+        self._add_up = add_up
 
     def step(self, optimizers: Mapping[str, StackedOptimizer], members: Sequence[Member]) -> dict[str, StepResult]:
         """One step of all, in forwards as large as memory holds.
@@ -43,7 +45,7 @@ class AtOnce:
         """
         while True:
             try:
-                return train_step(self.base, optimizers, members, self.budget_tokens)
+                return train_step(self.base, optimizers, members, self.budget_tokens, add_up=self._add_up)
             except ForwardTooLarge as error:
                 self._make_room(error, len(members))
 

@@ -27,11 +27,16 @@ from manylora.types import Factors
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """All tensors that a member needs to go on: its factors, the optimiser's state of them, the best so far."""
+    """All tensors that a member needs to go on: its factors, the optimiser's state of them, the best so far.
+
+    `followers` are the factors of its followers by name, `learned` is the state of its objective.
+    """
 
     now: Mapping[str, Factors]
     moments: Mapping[str, Tensor]
     best: Mapping[str, Factors] = field(default_factory=dict)
+    followers: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +174,14 @@ class Checkpoints:
 def _read(path: Path) -> Kept:
     try:
         tensors = load_file(path)
-        return Kept(unflatten(_part(tensors, "now")), _part(tensors, "optimizer"), unflatten(_part(tensors, "best")))
+        followers = dict.fromkeys(label.split("|")[0] for label in _part(tensors, "follower"))
+        return Kept(
+            now=unflatten(_part(tensors, "now")),
+            moments=_part(tensors, "optimizer"),
+            best=unflatten(_part(tensors, "best")),
+            followers={name: unflatten(_part(tensors, f"follower|{name}")) for name in followers},
+            learned=_part(tensors, "learned"),
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise _broken(path, error) from error
 
@@ -182,8 +194,11 @@ def _broken(path: Path, error: Exception) -> CheckpointBroken:
 
 
 def flattened(kept: Kept) -> dict[str, Tensor]:
-    """What is kept of a member as named tensors: `now|...`, `best|...` and `optimizer|...`."""
-    parts = {"now": flatten(kept.now), "best": flatten(kept.best), "optimizer": kept.moments}
+    """What is kept of a member as named tensors: `now|...`, `best|...`, `optimizer|...` and, where it has any,
+    `follower|name|...` and `learned|...`.
+    """
+    parts = {"now": flatten(kept.now), "best": flatten(kept.best), "optimizer": kept.moments, "learned": kept.learned}
+    parts |= {f"follower|{name}": flatten(factors) for name, factors in kept.followers.items()}
     return {f"{part}|{label}": tensor for part, tensors in parts.items() for label, tensor in tensors.items()}
 
 

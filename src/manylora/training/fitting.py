@@ -77,7 +77,7 @@ def fit(
         ConfigError: the mode needs layers that the base does not have.
     """
     free = free_bytes(base.device) if device_free is None else device_free
-    own = member_bytes(base, adapter, member.recipe.optimizer)
+    own = member_bytes(base, adapter, member.recipe.optimizer, copies=member.num_slots)
     free = max(0, free - own)
     recipe = member.recipe
     rows, (_, width) = math.ceil(recipe.rows_per_step / recipe.accumulate), widest_row(member)

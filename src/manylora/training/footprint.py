@@ -24,12 +24,13 @@ from manylora.data.example import Example
 from manylora.data.packing import WIDTH_STEP, row_width
 from manylora.data.store import lengths_of
 from manylora.methods import METHODS
+from manylora.objectives.forward import Aim, forward_batch
 from manylora.ops.positions import TILE_POSITIONS
 from manylora.training.memory_base import hollow_of, without_weights
 from manylora.training.memory_trace import Trace
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.plan import FIXED_TOKENS
-from manylora.types import IGNORED, Batch, Objective
+from manylora.types import Batch, Objective
 
 SAFETY_SHARE = 0.8
 """Of the free memory, what a fleet may plan with: the rest is for evaluation, for fragments, and for whatever else runs
@@ -90,19 +91,20 @@ class ActivationModel:
         return max(0, int(left / max(1.0, self.linear + self.quadratic * width)))
 
 
-def member_bytes(base: FrozenModel, adapter: Adapter, optimizer: str) -> int:
+def member_bytes(base: FrozenModel, adapter: Adapter, optimizer: str, *, copies: int = 1) -> int:
     """What one more member holds for as long as it is resident: factors, gradients, optimiser states, and anchors.
 
-    All of them float32, at the rank that its stacks are padded to.
+    All of them float32, at the rank that its stacks are padded to; `copies` times where followers stand beside it,
+    which share its stacks and so have room for gradients and states too.
     """
-    copies = 2 + len(OPTIMIZERS.get(optimizer).state_names)
+    tensors = 2 + len(OPTIMIZERS.get(optimizer).state_names)
     total = 0
     for name, factors in adapter.factors.items():
         method, site = METHODS.get(factors.method), base.sites[name]
         shapes = method.stack_shapes(site, method.shape_class(site, factors))
         numbers = sum(math.prod(shape) for shape in shapes.values())
-        total += numbers * (copies + bool(factors.anchors))
-    return total * torch.float32.itemsize
+        total += numbers * (tensors + bool(factors.anchors))
+    return copies * total * torch.float32.itemsize
 
 
 def token_bytes(base: FrozenModel, adapter: Adapter, objective: Objective, epochs: Epochs) -> ActivationModel:
@@ -185,12 +187,19 @@ def _batch(base: FrozenModel, rows: Sequence[Sequence[Any]], epochs: Epochs) -> 
 
 
 def _probe(base: FrozenModel, objective: Objective, rows: Sequence[Sequence[Any]], epochs: Epochs) -> int:
-    def forward() -> Tensor:
-        batch = _batch(base, rows, epochs)
-        with base.bank.route(batch.slots, batch.streams):
-            return objective(base.outputs(batch), batch).total
+    aims = {0: Aim.fresh(objective)}
+    return saved_bytes(base, lambda: forward_batch(base, _batch(base, rows, epochs), aims))
 
-    return saved_bytes(base, forward)
+
+class _Stated:
+    """A base whose hidden states are there already, whatever the batch."""
+
+    def __init__(self, base: LanguageBase, states: Tensor):
+        self.bank, self.device = base.bank, states.device
+        self._base, self._states = base, states
+
+    def outputs(self, batch: Batch) -> LanguageOutputs:
+        return LanguageOutputs(self._base, self._states, batch)
 
 
 def _chunk(base: FrozenModel, objective: Objective, row: Sequence[Any], epochs: Epochs) -> tuple[float, int]:
@@ -198,11 +207,10 @@ def _chunk(base: FrozenModel, objective: Objective, row: Sequence[Any], epochs: 
 
     Followed on states without numbers, many enough for a whole chunk or tile: nothing is computed.
     """
-    supervised = int(_batch(base, [row], epochs).targets["labels"].ne(IGNORED).sum())
+    supervised = sum(_batch(base, [row], epochs).num_trained)
     if not isinstance(base, LanguageBase) or not supervised:
         return 0.0, 0
-    batch = _batch(base, [row] * math.ceil(TILE_POSITIONS / supervised), epochs)
-    labels = batch.targets["labels"]
+    batch = replace(_batch(base, [row] * math.ceil(TILE_POSITIONS / supervised), epochs), streams=None)
     head = None if base.post_head is None else base.head
     size = base.vocabulary if head is None else head.get_parameter("weight").shape[-1]
     with ExitStack() as stack:
@@ -211,12 +219,13 @@ def _chunk(base: FrozenModel, objective: Objective, row: Sequence[Any], epochs: 
             trace = Trace()
             stack.enter_context(without_weights(hollow_of(base), trace))
             stack.enter_context(trace.running())
-        states = torch.empty(*labels.shape, size, dtype=base.dtype, device="cpu").requires_grad_()
+        shape = batch.num_rows, batch.costs[0], size
+        stated: Any = _Stated(base, torch.empty(shape, dtype=base.dtype, device="cpu").requires_grad_())
         begin = len(trace.events)
-        with base.bank.route(batch.slots):
-            objective(LanguageOutputs(base, states, batch), batch).total.sum().backward()
+        (part,) = forward_batch(stated, batch, {0: Aim.fresh(objective)})
+        part.totals.total.sum().backward()
         peak, _ = trace.peak(begin)
-    tokens = min(int(labels.ne(IGNORED).sum()), max(TILE_POSITIONS, CHUNK_ELEMENTS // base.vocabulary))
+    tokens = min(sum(batch.num_trained), max(TILE_POSITIONS, CHUNK_ELEMENTS // base.vocabulary))
     return peak / tokens, tokens
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from manylora.adapters.adapter import Adapter
-from manylora.base.frozen import FrozenModel
+from manylora.adapters.bank import Bank
 from manylora.errors import NonFiniteLoss, UserError
 from manylora.evaluation.evaluate import evaluate_losses
 from manylora.ops.allocator import give_back_freed
@@ -27,7 +27,7 @@ from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import StackedOptimizer
 from manylora.training.plan import admissible
 from manylora.training.source import Ending, Report, Source, Verdict
-from manylora.training.step import ForwardTooLarge, StepResult
+from manylora.training.step import AddUp, ForwardTooLarge, StepResult, on_one_device
 from manylora.types import Factors
 
 
@@ -76,11 +76,15 @@ class _Arrival:
 
 
 class Loop:
-    """Trains the members of a source over one base, all running ones in one forward and backward: a tick."""
+    """Trains the members of a source over one base, all running ones in one forward and backward: a tick.
+
+    It puts them into the `slots` of the bank that it is given, and leaves all other slots alone.
+    """
 
     def __init__(
         self,
-        base: FrozenModel,
+        bank: Bank,
+        slots: Sequence[int],
         source: Source,
         make: Make,
         recorder: Recorder,
@@ -89,16 +93,23 @@ class Loop:
         settings: LoopSettings | None = None,
         hand: Hand | None = None,
         checkpointing: Checkpointing | None = None,
+        add_up: AddUp = on_one_device,
     ):
-        self.base = base
-        self.bank = base.bank
+        self.base = bank.base
+        self.bank = bank
+        self.slots = tuple(slots)
         self.source = source
         self.make = make
         self.recorder = recorder
         self.checkpoints = checkpoints
         self.settings = settings or LoopSettings()
         self.at_once = AtOnce(
-            base, self.settings.budget_tokens, checkpointing, self._shrunk, strengthens=self.settings.strengthens
+            self.base,
+            self.settings.budget_tokens,
+            checkpointing,
+            self._shrunk,
+            strengthens=self.settings.strengthens,
+            add_up=add_up,
         )
         self.hand = hand or (lambda member, adapter: None)
         self.members: dict[str, Member] = {}
@@ -212,7 +223,7 @@ class Loop:
             if self._arriving is not None and self._has_room(self._arriving):
                 self._admit(self._arriving)
                 admitted = True
-            free = self._arriving is None and self._free_slot() is not None
+            free = self._arriving is None and bool(self._free_slots())
             order = self.source.next(free=free, idle=not self.running and self._arriving is None)
             if order is None:
                 if admitted:
@@ -238,9 +249,14 @@ class Loop:
             member, kept = self._unparked(name)
             adapter = replace(self._bare[name], factors=kept.now)
             member.state, member.reason = "running", ""
-        return _Arrival(member, adapter, kept, event, member_bytes(self.base, adapter, member.recipe.optimizer))
+        return _Arrival(member, adapter, kept, event, self._bytes_of(member, adapter))
+
+    def _bytes_of(self, member: Member, adapter: Adapter) -> int:
+        return member_bytes(self.base, adapter, member.recipe.optimizer, copies=member.num_slots)
 
     def _has_room(self, arrival: _Arrival) -> bool:
+        if len(self._free_slots()) < arrival.member.num_slots:
+            return False
         budget = self.settings.resident_bytes
         if budget is None:
             return True
@@ -251,8 +267,9 @@ class Loop:
         """Give back what slots still hold of members that have left: only those that run are counted."""
         for member in self.members.values():
             if member.slot != -1 and member.state != "running":
-                self.bank.clear(member.slot)
-                member.slot = -1
+                for slot in (member.slot, *member.follower_slots.values()):
+                    self.bank.clear(slot)
+                member.sit(())
 
     def _made(self, name: str) -> tuple[Member, Adapter]:
         member, adapter = self.make(name)
@@ -260,31 +277,35 @@ class Loop:
         self._bare[name] = replace(adapter, factors={})
         return member, adapter
 
-    def _free_slot(self) -> int | None:
-        taken = {member.slot for member in self.running}
-        return next((slot for slot in range(self.bank.num_slots) if slot not in taken), None)
+    def _free_slots(self) -> list[int]:
+        taken = {slot for member in self.running for slot in (member.slot, *member.follower_slots.values())}
+        return [slot for slot in self.slots if slot not in taken]
 
     def _admit(self, arrival: _Arrival) -> None:
         self._arriving = None
-        slot, member = self._free_slot(), arrival.member
-        assert slot is not None, "the source gave a member and no slot is free"
+        member = arrival.member
+        slots = self._free_slots()[: member.num_slots]
         for other in self.members.values():
-            if other.slot == slot:
-                other.slot = -1
-        member.slot = slot
+            if not {other.slot, *other.follower_slots.values()}.isdisjoint(slots):
+                other.sit(())
+        member.sit(slots)
         self._enter(member, arrival.adapter, arrival.kept)
         full = tokens_of(member.epochs, steps=member.recipe.total_steps, rows_per_step=member.recipe.rows_per_step)
-        self._event(arrival.event, member, slot=slot, steps=member.recipe.last_step, full_tokens=full)
+        self._event(arrival.event, member, slot=member.slot, steps=member.recipe.last_step, full_tokens=full)
         self.source.started(member.name, full)
 
     def _enter(self, member: Member, adapter: Adapter, kept: Kept | None) -> None:
         """Put a member into its slot, with a fresh optimiser state or the one that was kept of it."""
         self.bank.put(adapter, slot=member.slot)
-        self._bytes[member.name] = member_bytes(self.base, adapter, member.recipe.optimizer)
+        for name, slot in member.follower_slots.items():
+            follower = adapter if kept is None else replace(adapter, factors=kept.followers[name])
+            self.bank.put(follower, slot=slot)
+        self._bytes[member.name] = self._bytes_of(member, adapter)
         optimizer = self._optimizer(member)
         optimizer.reset(member.slot)
         if kept is not None:
             optimizer.load_slot_state(member.slot, kept.moments)
+            member.objective_state = kept.learned or None
             if kept.best:
                 self.best[member.name] = kept.best
 
@@ -300,6 +321,8 @@ class Loop:
             now=self.bank.get(member.slot).factors,
             moments=self._optimizer(member).slot_state(member.slot),
             best=self.best.get(member.name, {}),
+            followers={name: self.bank.get(slot).factors for name, slot in member.follower_slots.items()},
+            learned=member.aim().state,
         )
 
     def _park(self, member: Member, reason: str) -> None:
@@ -317,7 +340,7 @@ class Loop:
         progress, kept = self.checkpoints.unpark(name, self.waiting.pop(name, None))
         member = self.members[name] if name in self.members else self._made(name)[0]
         member.restore(progress)
-        member.slot = -1
+        member.sit(())
         return member, kept
 
     def _end(self, member: Member, state: State, reason: str = "", kept: Kept | None = None) -> None:
@@ -390,10 +413,9 @@ class Loop:
         found = evaluate_losses(
             self.base,
             first.eval_examples,
-            slots=[member.slot for member in members],
+            {member.slot: member.aim() for member in members},
             row_tokens=row_tokens,
             rows_per_batch=max(1, min(at_once, budget // (row_tokens * len(members)))),
-            objective=first.objective,
         )
         for member, scores in zip(members, found, strict=True):
             self._event("eval", member, **{**scores, "tokens": member.tokens})

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from manylora.data.batches import Epochs
 from manylora.data.example import Example
 from manylora.errors import ConfigError
+from manylora.objectives.forward import Aim
 from manylora.ops.dropout import mix
 from manylora.spec import AdapterSpec
 from manylora.training.optim.stacked import SlotUpdate
@@ -55,10 +57,11 @@ class Recipe:
 
 @dataclass(slots=True, kw_only=True)
 class Member:
-    """One training job; `slot` is its place in the bank, -1 without one.
+    """One training job; `slot` is its place in the bank, -1 without one, `follower_slots` those of its followers.
 
-    Everything from `state` on is what a checkpoint keeps; `level` counts the places of `recipe.evaluate_at` that are
-    passed, `loss` is the last one on the held-out rows, `scores` are the metrics of the best.
+    `objective_state` is what its objective has learned of it; None: it has made no step. Everything from `state` on is
+    what a checkpoint keeps; `level` counts the places of `recipe.evaluate_at` that are passed, `loss` is the last one
+    on the held-out rows, `scores` are the metrics of the best.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Member:
     objective: Objective
     eval_examples: Sequence[Example] = ()
     slot: int = -1
+    follower_slots: dict[str, int] = field(default_factory=dict)
+    objective_state: Mapping[str, Tensor] | None = None
     state: State = "running"
     reason: str = ""
     step: int = 0
@@ -81,15 +86,36 @@ class Member:
     scores: dict[str, float] = field(default_factory=dict)
     _schedule_of_rows: list[int] = field(default_factory=list)
 
+    @property
+    def num_slots(self) -> int:
+        """How many slots it takes: its own, and one for each follower of its objective."""
+        return 1 + len(self.objective.followers)
+
+    def sit(self, slots: Sequence[int]) -> None:
+        """Take these slots, `num_slots` of them, its own first; none at all: it leaves them."""
+        self.slot = slots[0] if slots else -1
+        self.follower_slots = dict(zip(self.objective.followers, slots[1:], strict=True)) if slots else {}
+
+    def aim(self) -> Aim:
+        """What its rows are computed for at its present step."""
+        if self.objective_state is None:
+            self.objective_state = self.objective.begin()
+        return Aim(self.objective, self.follower_slots, self.objective_state)
+
+    def learn(self, observed: Mapping[str, Tensor]) -> None:
+        """Let the objective learn from what it observed in all rows of a step."""
+        self.objective_state = self.objective.update(self.aim().state, observed)
+
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps beside factors and optimiser state."""
         values = {name: getattr(self, name) for name in KEPT}
         return values | {"best_loss": None if math.isinf(self.best_loss) else self.best_loss}
 
-    def restore(self, progress: dict[str, Any]) -> None:
+    def restore(self, progress: Mapping[str, Any]) -> None:
         """Take up the progress that a checkpoint kept."""
+        written = {"follower_slots": {}, **progress}  # checkpoints of 0.1.0 know no followers
         for name in KEPT:
-            setattr(self, name, progress[name])
+            setattr(self, name, written[name])
         self.best_loss = math.inf if progress["best_loss"] is None else progress["best_loss"]
 
     def result(self, select: str) -> float | None:
@@ -161,8 +187,8 @@ class Member:
         return passed > before
 
 
-KEPT = ("slot", "state", "reason", "step", "tokens", "level", "loss", "best_loss", "best_step", "stale_evals",
-        "scores")  # fmt: skip
+KEPT = ("slot", "follower_slots", "state", "reason", "step", "tokens", "level", "loss", "best_loss", "best_step",
+        "stale_evals", "scores")  # fmt: skip
 """What of a member is its progress."""
 
 

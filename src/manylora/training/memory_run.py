@@ -19,18 +19,19 @@ from manylora.data.store import lengths_of
 from manylora.evaluation.evaluate import _inputs
 from manylora.generation.decode import _left_pad, _Step
 from manylora.methods.inits import INITS
+from manylora.objectives.forward import Aim, SlotSums, forward_batch
 from manylora.training.checkpointing import checkpointed
 from manylora.training.memory_trace import Trace, Work
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import drop_gradients
 from manylora.training.prepare import Stock
-from manylora.training.step import _added, _by_objective, micro_batches
+from manylora.training.step import add_gradients, micro_batches
 
 if TYPE_CHECKING:
     from manylora.base.language import LanguageBase
     from manylora.config import Config
     from manylora.training.member import Member
-    from manylora.types import Batch, Objective, Outputs, RowTotals
+    from manylora.types import Batch, Beside, Objective, Outputs, RowTotals
 
 COPIES = "copies"
 """The category of factors and states beside those in the bank: fresh, best, to be written. They lie in main memory."""
@@ -86,15 +87,17 @@ def traced_run(
         with trace.of(COPIES):
             made = [_member(config, stock, place, notes) for place in range(members)]
         with trace.of("adapters"):
-            bank = stack.enter_context(Bank(base, num_slots=members))
+            bank = stack.enter_context(Bank(base, num_slots=sum(member.num_slots for member, _ in made)))
             bank._proven = set(base.sites)
-            for place, (member, adapter) in enumerate(made):
-                bank.put(adapter, slot=place)
-                member.slot = place
+            free = iter(range(bank.num_slots))
+            for member, adapter in made:
+                member.sit([next(free) for _ in range(member.num_slots)])
+                for slot in (member.slot, *member.follower_slots.values()):
+                    bank.put(adapter, slot=slot)
         rule = OPTIMIZERS.get(config.train.optimizer)(bank)
         with trace.of("optimizer"):
-            for place in range(members):
-                rule.reset(place)
+            for member, _ in made:
+                rule.reset(member.slot)
         own = [member for member, _ in made]
         for member in own:
             member.step = _longest_step(member)
@@ -111,8 +114,8 @@ def traced_run(
             begin = len(trace.events)
             trace.begin("evaluation")
             with trace.of(COPIES):
-                best = [bank.get(place) for place in range(members)]
-            _evaluate(base, bank, own, trace)
+                best = [bank.get(member.slot) for member in own]
+            _evaluate(base, own, trace)
             found.append(_phase(trace, "evaluation", begin, left_out))
             begin = len(trace.events)
             trace.begin("generation")
@@ -122,7 +125,7 @@ def traced_run(
         begin = len(trace.events)
         trace.begin("checkpoint")
         with trace.of(COPIES):
-            kept: list[Any] = [(bank.get(place).factors, rule.slot_state(place)) for place in range(members)]
+            kept: list[Any] = [(bank.get(one.slot).factors, rule.slot_state(one.slot)) for one in own]
         found.append(_phase(trace, "checkpoint", begin, left_out))
         del kept
     return RunTrace(steady, found, notes, products, max(member.recipe.last_step for member in own), followed)
@@ -170,13 +173,18 @@ class _Counted:
     def __init__(self, objective: Objective, trace: Trace):
         self.objective = objective
         self.trace = trace
+        self.followers = objective.followers
+        self.begin, self.update, self.weight = objective.begin, objective.update, objective.weight
 
-    def weight(self, batch: Batch) -> torch.Tensor:
-        return self.objective.weight(batch)
-
-    def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals:
+    def __call__(self, outputs: Outputs, batch: Batch, beside: Beside) -> RowTotals:
         with self.trace.of("loss"):
-            return self.objective(outputs, batch)
+            return self.objective(outputs, batch, beside)
+
+
+def _aims(members: Sequence[Member], trace: Trace) -> dict[int, Aim]:
+    """The members' aims; members of one objective still share its call."""
+    counted: dict[int, Objective] = {id(member.objective): _Counted(member.objective, trace) for member in members}
+    return {member.slot: replace(member.aim(), objective=counted[id(member.objective)]) for member in members}
 
 
 def _step(
@@ -186,15 +194,13 @@ def _step(
 
     How many tokens it computes, and the share of them that was followed.
     """
-    counted = {id(member.objective): _Counted(member.objective, trace) for member in members}
-    objectives: dict[int, Objective] = {member.slot: counted[id(member.objective)] for member in members}
+    aims = _aims(members, trace)
     with trace.of("data and other"):
         batches = micro_batches(members, base, budget_tokens)
     # The widest come first, and from the second on gradients are there to be added to.
     for batch in batches[:MOST_BATCHES]:
-        shares = torch.ones(batch.num_rows, dtype=torch.float64)
-        _added(base, batch, _by_objective(objectives, batch), shares)
-    tokens = [batch.targets["labels"].numel() for batch in batches]
+        add_gradients(base, batch, aims, SlotSums(aims, base.device))
+    tokens = [sum(batch.costs) for batch in batches]
     followed = sum(tokens[:MOST_BATCHES]) / sum(tokens)
     trace.scale_work("step", 1 / followed)
     factors = [tensor for stack in bank.stacks.values() for tensor in stack.tensors.values()]
@@ -206,17 +212,15 @@ def _step(
     return sum(tokens), followed
 
 
-def _evaluate(base: LanguageBase, bank: Bank, members: Sequence[Member], trace: Trace) -> None:
+def _evaluate(base: LanguageBase, members: Sequence[Member], trace: Trace) -> None:
     first = members[0]
     rows = first.epochs.__class__(first.eval_examples, row_tokens=first.epochs.row_tokens, seed=0, packs=base.packs)
     chosen = list(rows.rows(0)[: first.recipe.rows_per_step])
     examples = [[first.eval_examples[index] for index in row] for row in chosen]
     slots = tuple(member.slot for member in members for _ in examples)
     batch = batch_of(examples * len(members), base, width=first.epochs.row_tokens, slots=slots)
-    with torch.no_grad(), bank.route(batch.slots):
-        outputs = base.outputs(batch)
-        with trace.of("loss"):
-            first.objective(outputs, batch)
+    with torch.no_grad():
+        forward_batch(base, batch, _aims(members, trace))
 
 
 def _generate(config: Config, base: LanguageBase, bank: Bank, examples: Sequence[Any], trace: Trace) -> None:

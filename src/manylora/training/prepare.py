@@ -67,6 +67,11 @@ class Stock:
             )
         self.facts = self.data(config).facts
 
+    @property
+    def slots_per_member(self) -> int:
+        """How many slots each member takes: its own, and one for each follower of the objective."""
+        return 1 + len(self.objective.followers)
+
     def data(self, config: Config) -> RunData:
         """The examples that a configuration names, read and encoded once for all members that name the same."""
         row_tokens, notes = self._rows_of(config)

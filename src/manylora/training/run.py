@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.errors import ConfigError
-from manylora.evaluation.evaluate import evaluate_loss, evaluate_text
+from manylora.evaluation.evaluate import evaluate_losses, evaluate_text
 from manylora.files import write_json_atomic, write_text_atomic
+from manylora.objectives.forward import Aim
 from manylora.ops.allocator import freed_memory_kept
 from manylora.tasks.task import Sample
 from manylora.training.checkpoint import Checkpoints
@@ -31,7 +32,7 @@ from manylora.training.folder import RunFolder
 from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
 from manylora.training.member import Member
 from manylora.training.memory import peak_bytes
-from manylora.training.prepare import Stock
+from manylora.training.prepare import Stock, start_adapter
 from manylora.training.report import write_report
 from manylora.training.source import Given, Source
 from manylora.training.trackers import Trackers
@@ -131,22 +132,34 @@ def train(
     keep_fit(chosen, folder.checkpoints)
     began = time.perf_counter()
 
-    try:
-        loop = run_loop(
-            stock,
-            folder,
-            Given([MEMBER]),
-            lambda name: made,
-            lambda log, trackers: RunRecorder(log, trackers, console, made[0].recipe.last_step),
-            resume=resume,
-            hand=lambda member, adapter: save_member(config, adapter, folder.adapter(member.name), stock.base),
-            budget_tokens=chosen.budget_tokens,
-            chosen=chosen,
-        )
-    finally:
-        console.close()
-    wall = time.perf_counter() - began
     member = made[0]
+    with Bank(stock.base, num_slots=member.num_slots) as bank:
+        slots = range(bank.num_slots)
+        try:
+            loop = run_loop(
+                stock,
+                folder,
+                Given([MEMBER]),
+                lambda name: made,
+                lambda log, trackers: RunRecorder(log, trackers, console, member.recipe.last_step),
+                bank=bank,
+                slots=slots,
+                resume=resume,
+                hand=lambda member, adapter: save_member(config, adapter, folder.adapter(member.name), stock.base),
+                budget_tokens=chosen.budget_tokens,
+                chosen=chosen,
+            )
+        finally:
+            console.close()
+        measured = _measured(member, loop, config, time.perf_counter() - began, foreseen.peak_bytes, console)
+        summary = _finish(config, folder, stock, member, measured, console, bank, slots)
+    return Result(folder.path, summary)
+
+
+def _measured(
+    member: Member, loop: Loop, config: Config, wall: float, expected_peak_bytes: int | None, console: Progress
+) -> dict[str, Any]:
+    """What this process took to train a member to its end; the member is brought to that end where it lies behind."""
     if member.name in loop.ended:
         member.restore(loop.ended[member.name])
     kept = config.checkpoint.select == "eval_loss" and member.best_step
@@ -155,13 +168,11 @@ def train(
             f"the state of step {member.best_step} is kept: it has the lowest eval loss, {member.best_loss:.4f}"
         )
     trained = member.tokens - loop.tokens_before
-    measured = {
+    return {
         "tokens_per_s": trained / wall if wall > 0 else 0.0,
         "wall_s": wall,
-        "expected_peak_bytes": foreseen.peak_bytes,
+        "expected_peak_bytes": expected_peak_bytes,
     }
-    summary = _finish(config, folder, stock, member, measured, console)
-    return Result(folder.path, summary)
 
 
 def run_loop(
@@ -171,16 +182,18 @@ def run_loop(
     make: Make,
     recorder: Callable[[EventLog, Trackers], Recorder],
     *,
+    bank: Bank,
+    slots: Sequence[int],
     hand: Hand,
     resume: bool = False,
-    num_slots: int = 1,
     budget_tokens: int | None = None,
     resident_bytes: int | None = None,
     chosen: Fit | None = None,
 ) -> Loop:
     """Train the members of a source in a run's folder until all have ended, and give the loop back.
 
-    `chosen` is what was found to fit, None: what the configuration asks for, or as little as it must be.
+    They are put into `slots` of the bank; whatever its other slots hold is left alone. `chosen` is what was found to
+    fit, None: what the configuration asks for, or as little as it must be.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written. UserError: see `Loop`.
@@ -205,7 +218,6 @@ def run_loop(
 
     with (
         EventLog(folder.path) as log,
-        Bank(stock.base, num_slots=num_slots),
         compiled(stock.base, chosen.compiled) as compiling,
         checkpointed(stock.base, chosen.mode, chosen.modes) as checkpointing,
         freed_memory_kept(),
@@ -219,7 +231,8 @@ def run_loop(
         for line in early:
             told.note(line)
         loop = Loop(
-            stock.base,
+            bank,
+            slots,
             source,
             make,
             told,
@@ -274,6 +287,8 @@ def _finish(
     member: Member,
     measured: Mapping[str, Any],
     console: Progress,
+    bank: Bank,
+    slots: Sequence[int],
 ) -> dict[str, Any]:
     """Measure base and adapter on the held-out rows, and write summary and report; `measured` is of this process."""
     base, path = stock.base, folder.adapter(member.name)
@@ -281,7 +296,7 @@ def _finish(
     scores: dict[str, dict[str, Any]] = {}
     if member.eval_examples:
         console.note("evaluating base and adapter on the held-out rows")
-        scores = compare(config, stock, adapter, folder, member.name)
+        scores = compare(config, stock, adapter, folder, member.name, bank, slots)
     else:
         write_text_atomic(folder.path / "samples.jsonl", "")
     summary = {
@@ -318,34 +333,45 @@ def save_member(config: Config, adapter: Adapter, path: Path, base: FrozenModel)
 
 
 def compare(
-    config: Config, stock: Stock, adapter: Adapter, folder: RunFolder, member: str
+    config: Config, stock: Stock, adapter: Adapter, folder: RunFolder, member: str, bank: Bank, slots: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
-    """Scores of a configuration's held-out rows for `base` and `adapter`; what each writes goes to samples.jsonl."""
-    base, held_out, row_tokens = stock.base, stock.data(config).held_out, stock.row_tokens(config)
+    """Scores of a configuration's held-out rows for `base` and `adapter`; what each writes goes to samples.jsonl.
+
+    The adapter is put into the first of `slots`, what it started from into the second where its objective has
+    followers: what a folder of an adapter does not hold has no part in its scores. The slots are empty afterwards.
+    """
+    base, objective = stock.base, stock.objective
+    held_out, row_tokens = stock.data(config).held_out, stock.row_tokens(config)
+    for slot in slots:
+        bank.clear(slot)
+    bank.put(adapter, slot=slots[0])
+    started = -1
+    if objective.followers:
+        started = slots[1]
+        bank.put(start_adapter(config, base), slot=started)
     scores: dict[str, dict[str, Any]] = {}
     written: dict[str, list[Sample]] = {}
-    with Bank(base, num_slots=1) as bank:
-        bank.put(adapter, slot=0)
-        for who, slot in (("base", -1), ("adapter", 0)):
-            scores[who] = evaluate_loss(
+    for who, slot in (("base", -1), ("adapter", slots[0])):
+        (scores[who],) = evaluate_losses(
+            base,
+            held_out,
+            {slot: Aim.fresh(objective, started)},
+            row_tokens=row_tokens,
+            rows_per_batch=config.train.rows_per_step,
+        )
+        if any(example.prompt_length for example in held_out):
+            metrics, answers = evaluate_text(
                 base,
                 held_out,
                 slot=slot,
-                row_tokens=row_tokens,
-                rows_per_batch=config.train.rows_per_step,
-                objective=stock.objective,
+                max_new_tokens=config.evaluate.max_new_tokens,
+                temperature=config.evaluate.temperature,
+                task=stock.task,
             )
-            if any(example.prompt_length for example in held_out):
-                metrics, found = evaluate_text(
-                    base,
-                    held_out,
-                    slot=slot,
-                    max_new_tokens=config.evaluate.max_new_tokens,
-                    temperature=config.evaluate.temperature,
-                    task=stock.task,
-                )
-                scores[who] |= metrics
-                written[who] = found[: config.evaluate.samples]
+            scores[who] |= metrics
+            written[who] = answers[: config.evaluate.samples]
+    for slot in slots:
+        bank.clear(slot)
     samples = [
         {
             "prompt": own.prompt,

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
 from manylora.data.collate import batch_of
 from manylora.data.example import Example
 from manylora.data.packing import WIDTH_STEP, row_width
 from manylora.data.store import lengths_of
 from manylora.errors import OutOfMemory
-from manylora.ops.allocator import give_back_freed
+from manylora.objectives.forward import Aim, SlotSums, forward_batch
+from manylora.ops.refused import first_line, give_back, is_out_of_memory
 from manylora.training.member import Member
 from manylora.training.optim.stacked import StackedOptimizer, drop_gradients, gradient_norms
 from manylora.training.plan import Step, deal
-from manylora.types import IGNORED, Batch, Objective
+from manylora.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ForwardTooLarge(OutOfMemory):
     """
 
     def __init__(self, reason: str, batch: Batch):
-        rows, width = batch.num_rows, batch.targets["labels"][0].numel()
+        rows, width = batch.num_rows, max(batch.costs)
         of = f"of {width} tokens" if width > 1 else "of the batch"
         super().__init__(f"the memory does not hold {rows} row{'s' if rows > 1 else ''} {of} at once: {reason}")
         self.rows = rows
@@ -63,7 +63,7 @@ def micro_batches(members: Sequence[Member], base: FrozenModel, budget_tokens: i
 def widest_batch(members: Sequence[Member], base: FrozenModel, budget_tokens: int | None = None) -> Batch:
     """The largest batch that steps of these members can come to: as many rows as a step has, all like the longest."""
     rows = [[widest_row(member)[0]] * member.recipe.rows_per_step for member in members]
-    return max(_dealt(members, rows, base, budget_tokens), key=lambda batch: batch.targets["labels"].numel())
+    return max(_dealt(members, rows, base, budget_tokens), key=lambda batch: sum(batch.costs))
 
 
 def widest_row(member: Member) -> tuple[list[Example], int]:
@@ -95,49 +95,43 @@ def _dealt(
     ]
 
 
-def backward(base: FrozenModel, objectives: Mapping[int, Objective], batches: Sequence[Batch]) -> dict[int, float]:
-    """Add the gradients of the batches to the bank's factors; by slot, the summed loss over the summed weight.
+def backward(base: FrozenModel, aims: Mapping[int, Aim], batches: Sequence[Batch]) -> SlotSums:
+    """Add the gradients of the batches to the bank's factors; the sums of losses and of what was observed, by slot.
 
-    `objectives` are those of the slots. Each slot's denominator is the weight of its own rows over all batches, known
-    before the first forward: so any split of the rows gives the same gradients, and neighbours share nothing.
+    `aims` are those of the slots. Each slot's denominator is the weight of its own rows over all batches, known before
+    the first forward: so any split of the rows gives the same gradients, and neighbours share nothing.
+
+    Raises:
+        ForwardTooLarge: the memory does not hold one of the batches; all gradients are dropped.
     """
-    place = {slot: index for index, slot in enumerate(objectives)}
-    parts = [_by_objective(objectives, batch) for batch in batches]
-    sums = torch.zeros(len(place), dtype=torch.float64)
-    for batch, part in zip(batches, parts, strict=True):
-        index = torch.tensor([place[slot] for slot in batch.slots])
-        for objective, own in part:
-            sums.index_add_(0, index, objective.weight(own).double().cpu())
-    losses = torch.zeros(len(place), dtype=torch.float64, device=base.device)
-    for batch, part in zip(batches, parts, strict=True):
-        index = torch.tensor([place[slot] for slot in batch.slots])
+    sums = SlotSums(aims, base.device)
+    for batch in batches:
+        sums.weigh(batch)
+    for batch in batches:
         failure = None
         try:
-            totals = _added(base, batch, part, 1.0 / sums.clamp(min=1e-300)[index])
-            losses.index_add_(0, index.to(base.device), totals.double())
+            add_gradients(base, batch, aims, sums)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            failure = (str(error) or type(error).__name__).splitlines()[0]
+            failure = first_line(error)
         if failure is not None:
             # Only here: as long as the error is known, its frames hold all that the forward kept.
             drop_gradients(base.bank)
-            _give_back(base.device)
+            give_back(base.device)
             raise ForwardTooLarge(failure, batch)
-    means = (losses.cpu() / sums).tolist()
-    return {slot: means[index] for slot, index in place.items()}
+    return sums
 
 
-def _added(
-    base: FrozenModel, batch: Batch, part: Sequence[tuple[Objective, Batch]], shares: torch.Tensor
-) -> torch.Tensor:
-    """Forward and backward of a batch, each row's loss times its share; the losses (rows,)."""
-    with base.bank.route(batch.slots, batch.streams):
-        outputs = base.outputs(batch.to(base.device))
-        totals = sum(objective(outputs, own.to(base.device)).total for objective, own in part)
-    assert isinstance(totals, torch.Tensor)
-    (totals * shares.to(base.device, totals.dtype)).sum().backward()
-    return totals.detach()
+def add_gradients(base: FrozenModel, batch: Batch, aims: Mapping[int, Aim], sums: SlotSums) -> None:
+    """Forward and backward of one batch, each row's total times its share of its slot; its totals go to `sums`."""
+    parts = forward_batch(base, batch, aims)
+    shares = sums.shares(batch)
+    scaled = [
+        (part.totals.total * shares[list(part.rows)].to(base.device, part.totals.total.dtype)).sum() for part in parts
+    ]
+    sum(scaled[1:], scaled[0]).backward()
+    sums.add(batch, parts)
 
 
 def probe_step(base: FrozenModel, members: Sequence[Member], budget_tokens: int | None = None) -> None:
@@ -147,23 +141,16 @@ def probe_step(base: FrozenModel, members: Sequence[Member], budget_tokens: int 
         ForwardTooLarge: the memory does not hold it.
     """
     batch = widest_batch(members, base, budget_tokens)
-    backward(base, {member.slot: member.objective for member in members if member.slot in batch.slots}, [batch])
+    backward(base, {member.slot: member.aim() for member in members if member.slot in batch.slots}, [batch])
     drop_gradients(base.bank)
 
 
-def _by_objective(objectives: Mapping[int, Objective], batch: Batch) -> list[tuple[Objective, Batch]]:
-    """Each objective of a batch with the batch in which only the rows of its own slots supervise anything."""
-    of_rows = [objectives[slot] for slot in batch.slots]
-    distinct = list(dict.fromkeys(of_rows))
-    if len(distinct) == 1:
-        return [(distinct[0], batch)]
-    labels = batch.targets["labels"]
-    found = []
-    for objective in distinct:
-        others = torch.tensor([one is not objective for one in of_rows]).view(-1, *(1,) * (labels.dim() - 1))
-        own = {**batch.targets, "labels": labels.masked_fill(others, IGNORED)}
-        found.append((objective, replace(batch, targets=own)))
-    return found
+AddUp = Callable[[Bank], None]
+"""What happens to the gradients between the last backward of a step and their norms: several devices add theirs up."""
+
+
+def on_one_device(bank: Bank) -> None:
+    """One device has the whole gradient already."""
 
 
 def train_step(
@@ -171,45 +158,38 @@ def train_step(
     optimizers: Mapping[str, StackedOptimizer],
     members: Sequence[Member],
     budget_tokens: int | None = None,
+    *,
+    add_up: AddUp = on_one_device,
 ) -> dict[str, StepResult]:
     """One step of every member given, each by its own objective and by the optimiser its recipe names.
 
-    A member whose loss or gradient is not finite is not updated.
+    A member whose loss or gradient is not finite is not updated, and neither are its followers and its objective's
+    state.
 
     Raises:
         ForwardTooLarge: the memory does not hold one of its forwards; nothing is changed.
     """
     batches = micro_batches(members, base, budget_tokens)
-    losses = backward(base, {member.slot: member.objective for member in members}, batches)
+    sums = backward(base, {member.slot: member.aim() for member in members}, batches)
+    add_up(base.bank)
     norms = gradient_norms(base.bank)
-    trained, computed = dict.fromkeys(losses, 0), dict.fromkeys(losses, 0)
+    trained, computed = dict.fromkeys((m.slot for m in members), 0), dict.fromkeys((m.slot for m in members), 0)
     for batch in batches:
-        labels = batch.targets["labels"]
-        counts = labels.ge(0).view(len(labels), -1).sum(dim=1).tolist()
-        for slot, count in zip(batch.slots, counts, strict=True):
+        for slot, count, cost in zip(batch.slots, batch.num_trained, batch.costs, strict=True):
             trained[slot] += count
-            computed[slot] += labels[0].numel()
+            computed[slot] += cost
+    losses = sums.losses()
     results = {
         member.name: StepResult(losses[member.slot], norms[member.slot], trained[member.slot], computed[member.slot])
         for member in members
     }
+    stepping = [member for member in members if results[member.name].finite]
     for name, optimizer in optimizers.items():
-        chosen = [member for member in members if member.recipe.optimizer == name and results[member.name].finite]
+        chosen = [member for member in stepping if member.recipe.optimizer == name]
         optimizer.step({member.slot: member.update() for member in chosen}, norms)
     drop_gradients(base.bank)
+    for member in stepping:
+        for name, follower in member.objective.followers.items():
+            base.bank.follow(member.slot, member.follower_slots[name], follower.decay)
+        member.learn(sums.observed(member.slot))
     return results
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    # torch's CPU allocator raises a plain RuntimeError; the accelerators' a RuntimeError of their own kind.
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
-
-
-def _give_back(device: torch.device) -> None:
-    """Free what a failed forward has left behind, cycles of its graph among it."""
-    gc.collect()
-    give_back_freed()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from manylora.adapters.bank import Bank
 from manylora.files import write_json_atomic
 from manylora.sweeps.engines import Engine
 from manylora.sweeps.room import Room, room_for
@@ -51,18 +52,20 @@ def run(
         write_json_atomic(kept, asdict(room))
     for note in (*stock.new_notes(), room.reason, expected(stock.base, room.coming_bytes).line()):
         ledger.note(note)
-    run_loop(
-        stock,
-        folder,
-        director,
-        maker(stock, director.config, ledger.note),
-        ledger.open,
-        hand=lambda member, adapter: hand_over(member, adapter, director.config(member.name), folder, stock),
-        resume=resume,
-        num_slots=room.num_slots,
-        budget_tokens=room.budget_tokens,
-        resident_bytes=room.resident_bytes,
-    )
+    with Bank(stock.base, num_slots=room.num_slots * stock.slots_per_member) as bank:
+        run_loop(
+            stock,
+            folder,
+            director,
+            maker(stock, director.config, ledger.note),
+            ledger.open,
+            bank=bank,
+            slots=range(bank.num_slots),
+            hand=lambda member, adapter: hand_over(member, adapter, director.config(member.name), folder, stock),
+            resume=resume,
+            budget_tokens=room.budget_tokens,
+            resident_bytes=room.resident_bytes,
+        )
 
 
 def maker(stock: Stock, config_of: Callable[[str], Config], note: Callable[[str], None]) -> Make:

@@ -234,13 +234,14 @@ def train(task: Task, post: Post) -> None:
     )
     make = maker(stock, proxy.config, proxy.note)
     with (
-        Bank(stock.base, num_slots=room.num_slots),
+        Bank(stock.base, num_slots=room.num_slots * stock.slots_per_member) as bank,
         compiled(stock.base, chosen.compiled),
         checkpointed(stock.base, chosen.mode, chosen.modes) as layers,
         freed_memory_kept(),
     ):
         loop = Loop(
-            stock.base,
+            bank,
+            range(bank.num_slots),
             proxy,
             make,
             proxy,

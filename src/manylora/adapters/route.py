@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
 
 
-def route_rows(base: FrozenModel, slots: Sequence[int]) -> AbstractContextManager[object]:
+def route_rows(
+    base: FrozenModel, slots: Sequence[int], streams: Sequence[int] | None = None
+) -> AbstractContextManager[object]:
     """A context in which the base's model may be run on rows of these slots (-1: the bare base).
+
+    `streams` seed the rows' dropout; None: dropout off.
 
     Raises:
         RouteError: an adapter's slot is named and no bank is open on the base.
     """
     if base.bank is not None:
-        return base.bank.route(tuple(slots))
+        return base.bank.route(tuple(slots), streams)
     named = sorted({slot for slot in slots if slot != -1})
     if named:
         raise RouteError(
