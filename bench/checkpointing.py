@@ -34,6 +34,7 @@ from manylora.base.load import load_base
 from manylora.data.collate import batch_of
 from manylora.data.example import Example
 from manylora.objectives.causal_lm import CAUSAL_LM
+from manylora.objectives.forward import Aim
 from manylora.ops.allocator import freed_memory_kept, give_back_freed
 from manylora.spec import AdapterSpec
 from manylora.training.checkpointing import MODES, Checkpointing, checkpointed
@@ -98,7 +99,7 @@ def batch_for(base: Any, slots: Sequence[int], tokens: int) -> Batch:
 
 def gradients(base: Any, batch: Batch) -> list[Tensor]:
     """Losses, then the gradient of every factor; none is left behind."""
-    losses = backward(base, dict.fromkeys(batch.slots, CAUSAL_LM), [batch])
+    losses = backward(base, {slot: Aim.fresh(CAUSAL_LM) for slot in batch.slots}, [batch]).losses()
     found = [torch.tensor([losses[slot] for slot in sorted(losses)])]
     for stack in base.bank.stacks.values():
         for tensor in stack.tensors.values():

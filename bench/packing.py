@@ -96,9 +96,11 @@ class Job:
     def learn(self, layout: str) -> float:
         """The loss of all examples; their gradients are added to the factors."""
         from manylora.objectives import OBJECTIVES
+        from manylora.objectives.forward import Aim
         from manylora.training.step import backward
 
-        return backward(self.base, {0: OBJECTIVES.get("causal-lm")}, self.batches[layout])[0]
+        aim = Aim.fresh(OBJECTIVES.get("causal-lm"))
+        return backward(self.base, {0: aim}, self.batches[layout]).loss(0)
 
     def gradients(self, layout: str) -> tuple[float, list[torch.Tensor]]:
         """The loss, and the gradient of every factor."""

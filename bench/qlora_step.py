@@ -218,7 +218,8 @@ class Job:
         from manylora.training.optim.stacked import drop_gradients
         from manylora.training.step import backward, micro_batches
 
-        self.losses = backward(self.base, {0: self.member.objective}, micro_batches([self.member], self.base))
+        batches = micro_batches([self.member], self.base)
+        self.losses = backward(self.base, {0: self.member.aim()}, batches).losses()
         found = [tensor.grad.clone() for stack in self.bank.stacks.values() for tensor in stack.tensors.values()]
         drop_gradients(self.bank)
         return found

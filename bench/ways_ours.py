@@ -80,7 +80,7 @@ def gradients(settings: dict[str, Any], gate: Gate) -> dict[str, Any]:
     member.slot = 0
     with Bank(stock.base, num_slots=1) as bank:
         bank.put(adapter, slot=0)
-        losses = backward(stock.base, {0: member.objective}, micro_batches([member], stock.base))
+        losses = backward(stock.base, {0: member.aim()}, micro_batches([member], stock.base)).losses()
         found = {
             f"{stack.site.name}.{name}": tensor.grad[0].float().contiguous()
             for stack in bank.stacks.values()

@@ -14,12 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from manylora.adapters.adapter import Adapter
 from manylora.base.language import LanguageBase
+from manylora.objectives.objective import Stateless
 from manylora.spec import AdapterSpec
 from manylora.training.checkpoint import Checkpoints, flatten
 from manylora.training.footprint import member_bytes
 from manylora.training.member import Member, steps_for, tokens_of
 from manylora.training.source import Ending, Given, Order, Report, Verdict
-from manylora.types import IGNORED, Batch, Outputs, RowTotals
+from manylora.types import IGNORED, Batch, Beside, Outputs, RowTotals
 
 STEPS = 100
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,13 +42,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Nats:
+class Nats(Stateless):
     """The causal objective's loss, twice: an objective of its own."""
 
     def weight(self, batch: Batch) -> torch.Tensor:
         return batch.targets["labels"].ne(IGNORED).sum(dim=1).to(torch.float64)
 
-    def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals:
+    def __call__(self, outputs: Outputs, batch: Batch, beside: Beside) -> RowTotals:
         def twice(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"nats": 2 * torch.nn.functional.cross_entropy(logits, labels, reduction="none")}
 

@@ -9,12 +9,15 @@ import torch
 from torch.nn import functional
 
 from manylora.adapters.bank import Bank
+from manylora.adapters.route import route_rows
 from manylora.data.examples import Reading, encode
 from manylora.data.rows import Row
-from manylora.errors import DataError, RouteError
+from manylora.errors import DataError, OutOfMemory, RouteError
 from manylora.evaluation import evaluate_loss, evaluate_losses, evaluate_text
-from manylora.generation import encode_prompt, generate, render_conversation, route_rows
+from manylora.generation import encode_prompt, generate, render_conversation
 from manylora.objectives import OBJECTIVES
+from manylora.objectives.forward import Aim
+from manylora.objectives.objective import Stateless
 from manylora.tasks import TASKS, Sample
 
 OBJECTIVE = OBJECTIVES.get("causal-lm")
@@ -55,7 +58,8 @@ def test_base_and_adapter_in_one_go_equal_each_alone(base, examples, adapter):
     with Bank(base, num_slots=2) as bank:
         bank.put(adapter, slot=1)
         alone = [evaluate_loss(base, examples, slot=slot, **options) for slot in (1, -1)]
-        together = evaluate_losses(base, examples, slots=[1, -1], **options)
+        objective = options.pop("objective")
+        together = evaluate_losses(base, examples, {slot: Aim.fresh(objective) for slot in (1, -1)}, **options)
         wanted = by_hand(base, examples, 1)[0]
     assert [one["loss"] for one in together] == pytest.approx([one["loss"] for one in alone], rel=1e-6)
     assert alone[1] == without_bank
@@ -73,10 +77,10 @@ def test_evaluation_leaves_no_gradient_and_no_mode_behind(base, examples, adapte
 
 
 def test_a_perplexity_above_the_largest_float_is_infinite(base, examples):
-    class Huge:
+    class Huge(Stateless):
         weight = staticmethod(OBJECTIVE.weight)
 
-        def __call__(self, outputs, batch):
+        def __call__(self, outputs, batch, beside):
             totals = OBJECTIVE(outputs, batch)
             return replace(totals, total=totals.total * 1e6)
 
@@ -150,3 +154,52 @@ def test_a_conversation_is_generated_from_what_training_showed(base):
 def test_a_perfect_answer_scores_full_marks():
     perfect = [Sample("p", ("The Eagle is a coffee shop .",), "The Eagle is a coffee shop .")]
     assert SFT.metrics(perfect) == {"bleu": pytest.approx(100.0), "exact_match": 1.0}
+
+
+def refusing(base, monkeypatch, most: int) -> list[int]:
+    """A base whose memory holds forwards of at most so many rows; the rows of all that were asked for."""
+    asked: list[int] = []
+    real = base.model.forward
+
+    def forward(*args, **kwargs):
+        rows = kwargs["input_ids"].shape[0]
+        asked.append(rows)
+        if rows > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return real(*args, **kwargs)
+
+    outputs = base.outputs
+
+    def limited(batch):
+        asked.append(batch.num_rows)
+        if batch.num_rows > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return outputs(batch)
+
+    monkeypatch.setattr(base.model, "forward", forward)
+    monkeypatch.setattr(base, "outputs", limited)
+    return asked
+
+
+def test_what_memory_does_not_hold_is_evaluated_in_smaller_batches(base, adapters, examples, monkeypatch):
+    with Bank(base, num_slots=2) as bank:
+        for slot, adapter in enumerate(adapters):
+            bank.put(adapter, slot=slot)
+        aims = {slot: Aim.fresh(OBJECTIVE) for slot in (1, -1, 0)}
+        whole = evaluate_losses(base, examples, aims, row_tokens=64, rows_per_batch=4)
+        texts = {"slot": 1, "max_new_tokens": 5, "task": TASKS.get("sft")}
+        metrics, answers = evaluate_text(base, examples, **texts)
+        asked = refusing(base, monkeypatch, most=2)
+        again = evaluate_losses(base, examples, aims, row_tokens=64, rows_per_batch=4)
+        assert max(asked) > 2
+        for one, two in zip(whole, again, strict=True):
+            assert two == pytest.approx(one, rel=1e-5)
+        del asked[:]
+        assert evaluate_text(base, examples, **texts)[1] == answers
+        assert max(asked) > 2
+        refusing(base, monkeypatch, most=0)
+        with pytest.raises(OutOfMemory, match="does not hold the forward of one row"):
+            evaluate_losses(base, examples, aims, row_tokens=64)
+        with pytest.raises(OutOfMemory, match="does not hold the forward of one row"):
+            evaluate_text(base, examples, **texts)
+    assert metrics

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.data.batches import Epochs
+from manylora.data.example import Example
 from manylora.objectives import OBJECTIVES
 from manylora.spec import AdapterSpec
 from manylora.training import checkpoint as checkpoint_module
@@ -19,6 +21,14 @@ from manylora.training.member import Member, Recipe
 from manylora.training.source import Given
 
 RECIPE = Recipe(learning_rate=1e-2, schedule="cosine", total_steps=6, warmup=2, rows_per_step=4, weight_decay=0.1)
+
+
+def ragged(count: int, seed: int = 0, longest: int = 20) -> list[Example]:
+    """Examples of random tokens below 97, of several lengths."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(4, longest + 1, count).tolist()
+    tokens = [draw.integers(0, 97, length).astype(np.int32) for length in lengths]
+    return [Example(own, np.arange(len(own)) >= 2, 2, f"p{n}", "", "", "made", n) for n, own in enumerate(tokens)]
 
 
 class Memory:
@@ -66,7 +76,8 @@ class Running:
         self.members = members
         source = more.pop("source", None) or Given(list(by_name))
         settings = LoopSettings(**{"checkpoint_every": None, **more.pop("settings", {})})
-        self.loop = Loop(base, source, make, self.recorder, settings=settings, hand=self._hand, **more)
+        slots = more.pop("slots", range(bank.num_slots))
+        self.loop = Loop(bank, slots, source, make, self.recorder, settings=settings, hand=self._hand, **more)
         self.bank = bank
 
     def _hand(self, member: Member, adapter: Adapter) -> None:

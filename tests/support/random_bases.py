@@ -24,6 +24,7 @@ from manylora.base.frozen import FrozenModel
 from manylora.base.language import LanguageBase
 from manylora.data.collate import batch_of
 from manylora.data.example import Example
+from manylora.objectives.forward import Aim
 from manylora.spec import AdapterSpec
 from manylora.training.step import backward
 from manylora.types import Batch
@@ -79,7 +80,7 @@ def fill(bank: Bank, specs: tuple[AdapterSpec, ...] = SPECS) -> None:
 
 def taken(base: FrozenModel, batch: Batch, objectives: dict[int, Any]) -> dict[str, Tensor]:
     """Gradients of every factor, and the losses."""
-    losses = backward(base, objectives, [batch])
+    losses = backward(base, {slot: Aim.fresh(one) for slot, one in objectives.items()}, [batch]).losses()
     found = {"losses": torch.tensor([losses[slot] for slot in sorted(losses)])}
     for key, stack in base.bank.stacks.items():
         for name, tensor in stack.tensors.items():

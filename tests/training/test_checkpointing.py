@@ -20,19 +20,20 @@ from manylora.base.load import load_base
 from manylora.errors import ConfigError
 from manylora.objectives.causal_lm import CAUSAL_LM
 from manylora.objectives.classification import CLASSIFICATION
+from manylora.objectives.objective import ALONE, Stateless
 from manylora.spec import AdapterSpec
 from manylora.training.checkpointing import MODES, checkpointed, choose_checkpointing
 from manylora.training.footprint import saved_bytes
-from manylora.types import Batch, Outputs, RowTotals
+from manylora.types import Batch, Beside, Outputs, RowTotals
 
 
-class Squares:
+class Squares(Stateless):
     """An objective of another kind: squared nats."""
 
     def weight(self, batch: Batch) -> Tensor:
         return CAUSAL_LM.weight(batch)
 
-    def __call__(self, outputs: Outputs, batch: Batch) -> RowTotals:
+    def __call__(self, outputs: Outputs, batch: Batch, beside: Beside = ALONE) -> RowTotals:
         return RowTotals(CAUSAL_LM(outputs, batch).total.square())
 
 

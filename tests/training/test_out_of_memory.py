@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fleets import RECIPE, Running, killed_after, member
+from fleets import RECIPE, Running, killed_after, member, ragged
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,13 +43,6 @@ def small_base(dtype: torch.dtype = torch.float64) -> LanguageBase:
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
     return LanguageBase(LlamaForCausalLM(config).to(dtype), name="random llama")
-
-
-def ragged(count: int, seed: int = 0, longest: int = 20) -> list[Example]:
-    draw = np.random.default_rng(seed)
-    lengths = draw.integers(4, longest + 1, count).tolist()
-    tokens = [draw.integers(0, 97, length).astype(np.int32) for length in lengths]
-    return [Example(own, np.arange(len(own)) >= 2, 2, f"p{n}", "", "", "made", n) for n, own in enumerate(tokens)]
 
 
 class Limit:
@@ -131,7 +124,7 @@ def test_gradients_after_a_failure_are_those_of_one_forward(late: bool) -> None:
             stack.tensors["b"].data.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
         tensors = [tensor for stack in bank.stacks.values() for tensor in stack.tensors.values()]
         batches = micro_batches([own], base)
-        backward(base, {0: own.objective}, batches)
+        backward(base, {0: own.aim()}, batches)
         whole = [tensor.grad for tensor in tensors]
         for tensor in tensors:
             tensor.grad = None
@@ -140,10 +133,10 @@ def test_gradients_after_a_failure_are_those_of_one_forward(late: bool) -> None:
         # The first fits and has added its gradients when the next one fails.
         Limit(base, 0, late=late, after=1)
         with pytest.raises(OutOfMemory):
-            backward(base, {0: own.objective}, parts)
+            backward(base, {0: own.aim()}, parts)
         assert all(tensor.grad is None for tensor in tensors)
         del base.outputs
-        backward(base, {0: own.objective}, parts)
+        backward(base, {0: own.aim()}, parts)
         for tensor, value in zip(tensors, whole, strict=True):
             assert tensor.grad is not None
             assert value is not None

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
-from manylora.errors import NonFiniteLoss, UserError
+from manylora.errors import NonFiniteLoss, RouteError, UserError
 from manylora.evaluation.evaluate import evaluate_losses
 from manylora.ops.allocator import give_back_freed
 from manylora.training.at_once import AtOnce
@@ -249,6 +249,12 @@ class Loop:
             member, kept = self._unparked(name)
             adapter = replace(self._bare[name], factors=kept.now)
             member.state, member.reason = "running", ""
+        if member.num_slots > len(self.slots):
+            raise RouteError(
+                f"{name} takes {member.num_slots} slots, its own and those of its objective's followers",
+                allowed=f"the {len(self.slots)} that this loop may use",
+                next_step="give the bank more slots",
+            )
         return _Arrival(member, adapter, kept, event, self._bytes_of(member, adapter))
 
     def _bytes_of(self, member: Member, adapter: Adapter) -> int:
