@@ -33,9 +33,9 @@ from manylora.adapters.bank import Bank
 from manylora.base.load import load_base
 from manylora.data.collate import batch_of
 from manylora.data.example import Example
+from manylora.memory.allocator import freed_memory_kept, give_back_freed
 from manylora.objectives.causal_lm import CAUSAL_LM
 from manylora.objectives.forward import Aim
-from manylora.ops.allocator import freed_memory_kept, give_back_freed
 from manylora.spec import AdapterSpec
 from manylora.training.checkpointing import MODES, Checkpointing, checkpointed
 from manylora.training.footprint import saved_bytes

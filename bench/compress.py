@@ -37,8 +37,8 @@ def main() -> None:
     asked = parser.parse_args()
     import manylora
     from manylora.adapters.bank import Bank
-    from manylora.adapters.compress import compress
-    from manylora.adapters.compressing.reduce import Recipe, reduced
+    from manylora.adapters.compress.compressed import compress
+    from manylora.adapters.compress.reduce import Recipe, reduced
     from manylora.evaluation.evaluate import evaluate_loss
     from manylora.objectives import OBJECTIVES
 

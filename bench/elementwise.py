@@ -24,7 +24,7 @@ import torch
 from results import write_result
 from torch import Tensor
 
-from manylora.ops.allocator import freed_memory_kept
+from manylora.memory.allocator import freed_memory_kept
 from manylora.ops.elementwise import (
     gated,
     gated_halves,

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, metavar=("BASE", "MEMBERS"), help="print the peak memory of a fleet and end")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    from manylora.ops.allocator import freed_memory_kept
+    from manylora.memory.allocator import freed_memory_kept
 
     if asked.peak:
         with freed_memory_kept():
@@ -265,7 +265,7 @@ def memory(folder: Path, threads: int) -> dict[str, Any]:
 def peak_of(folder: Path, members: int) -> dict[str, int]:
     """The peak of this process over its memory before the fleet, and the bytes that a step saves for its backward."""
     from manylora.base.load import load_base
-    from manylora.ops.allocator import give_back_freed
+    from manylora.memory.allocator import give_back_freed
 
     base = load_base(str(folder), device="cpu")
     warm = Fleet(base, [0], 1)

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    from manylora.ops.allocator import freed_memory_kept
+    from manylora.memory.allocator import freed_memory_kept
 
     figures: dict[str, Any] = {"threads": asked.threads, "examples": asked.examples, "row_tokens": ROW_TOKENS}
     with freed_memory_kept():

@@ -137,7 +137,7 @@ def classifier() -> dict[str, Any]:
 
 def plan(values: dict[str, Any]) -> dict[str, Any]:
     """The plan."""
-    from manylora.training.memory import planned
+    from manylora.planning.planner import planned
 
     config, objects = made(values)
     began = time.perf_counter()
@@ -152,7 +152,7 @@ def held(values: dict[str, Any]) -> dict[str, Any]:
     import transformers
     import transformers.models.llama.modeling_llama
 
-    import manylora.base.quantise
+    import manylora.base.packing.quantise
     import manylora.sweeps.run
     import manylora.training.optim.adamw
     import manylora.training.optim.sgd  # noqa: F401

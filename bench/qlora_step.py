@@ -38,7 +38,7 @@ from pathlib import Path
 import transformers
 import transformers.models.llama.modeling_llama
 from manylora.base.load import load_base
-import manylora.base.quantise
+import manylora.base.packing.quantise
 from manylora.quant import backend, pack
 import torch
 def status(key):
@@ -122,7 +122,7 @@ def loading(folder: Path) -> dict[str, Any]:
 def sizes(folder: Path, packed: Path) -> dict[str, Any]:
     """Bytes of the packed linear weights, on disk and in memory, over those of bfloat16."""
     from manylora.base.load import load_base
-    from manylora.base.packed_folder import quantise_folder
+    from manylora.base.packing.folder import quantise_folder
 
     written = quantise_folder(str(folder), packed, FORMAT)
     total = written.total

@@ -11,7 +11,7 @@ from workers import Gate, Way, serve
 IMPORTS = (
     "manylora.config",
     "manylora.training.run",
-    "manylora.base.quantise",
+    "manylora.base.packing.quantise",
     "manylora.quant.nf4",
     "manylora.quant.kernels",
     "transformers.models.llama.modeling_llama",
@@ -25,7 +25,7 @@ IMPORTS = (
 def run(settings: dict[str, Any], gate: Gate) -> None:
     """`manylora train` on a configuration, stopped between steps."""
     from manylora.config import load_config
-    from manylora.training.console import Progress
+    from manylora.runs.console import Progress
     from manylora.training.run import train
 
     config = load_config(settings["config"])
@@ -116,7 +116,7 @@ def fleet(settings: dict[str, Any], gate: Gate) -> None:
     from fleet import Fleet
 
     from manylora.base.load import load_base
-    from manylora.ops.allocator import freed_memory_kept
+    from manylora.memory.allocator import freed_memory_kept
 
     base = load_base(settings["base"], device="cpu")
     members = Fleet(base, settings["seeds"], settings["rows"], adapter=settings.get("adapter"))

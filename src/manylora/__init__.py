@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from manylora.adapters.adapter import Adapter
     from manylora.adapters.bank import Bank
-    from manylora.adapters.compress import compress
+    from manylora.adapters.compress.compressed import compress
     from manylora.adapters.merge import MergeReport, merge
     from manylora.base.frozen import FrozenModel
     from manylora.base.load import load_base
@@ -66,7 +66,7 @@ _HOMES = {
     "MergeReport": "manylora.adapters.merge",
     "Result": "manylora.training.run",
     "UserError": "manylora.errors",
-    "compress": "manylora.adapters.compress",
+    "compress": "manylora.adapters.compress.compressed",
     "generate": "manylora.generation.decode",
     "load_base": "manylora.base.load",
     "load_config": "manylora.config",

@@ -20,7 +20,7 @@ TABLES = MappingProxyType(
         "init": ("manylora.methods.inits", "INITS"),
         "schedule": ("manylora.training.schedule", "SCHEDULES"),
         "optimizer": ("manylora.training.optim", "OPTIMIZERS"),
-        "track": ("manylora.training.trackers", "TRACKERS"),
+        "track": ("manylora.runs.trackers", "TRACKERS"),
         "search": ("manylora.sweeps.searches", "SEARCHES"),
         "stopping rule": ("manylora.sweeps.stopping", "RULES"),
         "engine": ("manylora.sweeps.engines", "ENGINES"),

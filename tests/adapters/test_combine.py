@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
-from manylora.adapters.combine import combine
-from manylora.adapters.combining import COMBININGS
-from manylora.adapters.combining.change import Dense, LowRank, Options, largest, truncated
+from manylora.adapters.combine.change import Dense, LowRank, Options, largest, truncated
+from manylora.adapters.combine.combined import combine
+from manylora.adapters.combine.ways import COMBININGS
 from manylora.base.frozen import FrozenModel
 from manylora.errors import AdapterBroken, BaseMismatch, SpecError, UnknownName
 from manylora.methods import METHODS

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
-from manylora.adapters.export import export
-from manylora.adapters.exporting.gguf import permuted
+from manylora.adapters.export.exported import export
+from manylora.adapters.export.gguf import permuted
 from manylora.base.load import load_base
 from manylora.errors import AdapterBroken, BaseMismatch, ConfigError, OutputExists, UnknownName
 from manylora.spec import AdapterSpec

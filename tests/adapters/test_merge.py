@@ -416,7 +416,7 @@ def test_weights_that_cannot_be_merged_onto_are_refused(llama, onto, told):
 
 
 def test_original_weights_that_are_not_there_are_refused(tiny_base_folder, tmp_path):
-    from manylora.base.packed_folder import quantise_folder
+    from manylora.base.packing.folder import quantise_folder
 
     quantise_folder(str(tiny_base_folder), tmp_path / "packed", "nf4")
     packed = load_base(str(tmp_path / "packed"), dtype="float32", device="cpu")

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from manylora.adapters import store
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
+from manylora.adapters.peft import store
 from manylora.base.frozen import FrozenModel
 from manylora.errors import AdapterBroken, BaseMismatch, DiskFull, OutputExists
 from manylora.spec import AdapterSpec

@@ -19,9 +19,9 @@ from torch import nn
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.load import load_base, load_dense
-from manylora.base.packed import PackedLinear
-from manylora.base.packed_folder import quantise_folder
-from manylora.base.quantise import PackReport, load_packing, packer
+from manylora.base.packing.folder import quantise_folder
+from manylora.base.packing.layers import PackedLinear
+from manylora.base.packing.quantise import PackReport, load_packing, packer
 from manylora.errors import BaseBroken, ConfigError, OutputExists, UnknownName
 from manylora.quant import PACKINGS
 from manylora.spec import AdapterSpec
@@ -335,7 +335,7 @@ def test_transformers_does_not_take_a_packed_folder_for_a_dense_one(folder: Path
 def test_a_large_base_is_written_as_several_files(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manylora.base.packed_folder.FILE_BYTES", 10_000)
+    monkeypatch.setattr("manylora.base.packing.folder.FILE_BYTES", 10_000)
     quantise_folder(str(folder), tmp_path / "packed", "nf4")
     files = sorted(path.name for path in (tmp_path / "packed").glob("*.safetensors"))
     assert len(files) > 2
@@ -435,7 +435,7 @@ PEAK = """
 import sys, torch
 from pathlib import Path
 from manylora.base.load import find_base, reading
-from manylora.base.quantise import PackReport, load_packing, packer
+from manylora.base.packing.quantise import PackReport, load_packing, packer
 
 def status(key):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))

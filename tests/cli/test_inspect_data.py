@@ -314,8 +314,8 @@ def test_what_cannot_be_inspected_is_the_users_mistake(words, told, inspect, dat
 
 def test_models_are_not_mistaken_for_data(tiny_base_folder, tmp_path):
     from manylora.cli.inspect import KINDS
-    from manylora.cli.places import adapter_folder, recognise
     from manylora.errors import AdapterBroken, UserError
+    from manylora.runs.places import adapter_folder, recognise
 
     assert recognise(str(tiny_base_folder), KINDS).kind == "base"
     assert recognise("owner/model", KINDS).kind == "base"
@@ -350,8 +350,8 @@ def test_the_tokenizer_alone_is_that_of_the_whole_base(with_generation, tiny_bas
 
 
 def test_the_histogram_begins_at_the_shortest_and_marks_what_lies_in_a_bin():
-    from manylora.cli.data_lines import histogram
     from manylora.data.survey import Lengths
+    from manylora.look.lines import histogram
 
     lengths = Lengths((0, 5, 10, 15), (0, 80, 1), {50: 7, 90: 8, 99: 11}, 12, limit=12, above=0)
     assert histogram(lengths, fancy=False) == [

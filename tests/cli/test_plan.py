@@ -44,7 +44,7 @@ def test_json_is_one_object(config, capsys):
 
 
 def test_what_does_not_fit_says_so(config, capsys, monkeypatch):
-    monkeypatch.setattr("manylora.training.memory_advice.MOST_PLANS", 1)
+    monkeypatch.setattr("manylora.planning.advice.MOST_PLANS", 1)
     assert run(["plan", str(config), "--device", "cpu:50MB"]) == 0
     text = capsys.readouterr().out
     assert "it does not fit" in text

@@ -19,7 +19,7 @@ from manylora.spec import AdapterSpec
 from manylora.training.checkpoint import Checkpoints, flatten
 from manylora.training.footprint import member_bytes
 from manylora.training.member import Member, steps_for, tokens_of
-from manylora.training.source import Ending, Given, Order, Report, Verdict
+from manylora.training.orders import Ending, Given, Order, Report, Verdict
 from manylora.types import IGNORED, Batch, Beside, Outputs, RowTotals
 
 STEPS = 100

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
-from manylora.base.packed import pack_module, put_module
+from manylora.base.packing.layers import pack_module, put_module
 from manylora.errors import AdapterBroken, BaseMismatch, BaseNotFound, SpecError
 from manylora.methods import METHODS
 from manylora.methods.inits import INITS
@@ -357,7 +357,7 @@ def test_an_anchored_adapter_that_was_never_trained_is_saved_as_nothing_at_all(
 
 
 def test_the_scale_can_be_folded_into_an_anchored_adapter(make_base) -> None:
-    from manylora.adapters.store import fold_scale
+    from manylora.adapters.peft.store import fold_scale
 
     base, tokens = make_base(), torch.arange(24).view(3, 8)
     adapter = moved(Adapter.new(base, AdapterSpec(rank=4, alpha=6, init="pissa")))
@@ -496,7 +496,7 @@ def test_a_base_packed_by_loftq_and_its_factors_are_nearer_than_factors_on_plain
 def test_the_original_of_a_packed_folder_is_found_and_another_base_is_refused(tmp_path: Path) -> None:
     from manylora.base.load import find_base, load_base
     from manylora.base.original import Originals
-    from manylora.base.packed_folder import quantise_folder
+    from manylora.base.packing.folder import quantise_folder
 
     original = shutil.copytree(find_base("builtin:tiny-en"), tmp_path / "original")
     quantise_folder(str(original), tmp_path / "packed", "nf4")

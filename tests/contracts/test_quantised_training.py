@@ -10,7 +10,7 @@ from torch import nn
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
-from manylora.adapters.compress import compress
+from manylora.adapters.compress.compressed import compress
 from manylora.base.frozen import FrozenModel
 from manylora.errors import SpecError
 from manylora.methods import lora

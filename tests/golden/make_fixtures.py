@@ -140,7 +140,7 @@ def _make_adapters(output: Path) -> None:
         adapter.save(output / "adapters" / name, base)
         expected[name] = logits_of(base, adapter)
     with tempfile.TemporaryDirectory() as folder:
-        from manylora.base.packed_folder import quantise_folder
+        from manylora.base.packing.folder import quantise_folder
 
         tiny_model().save_pretrained(folder)
         _tokenizer().save_pretrained(folder)

@@ -10,7 +10,7 @@ import pytest
 MEASURE = """
 import resource
 from pathlib import Path
-from manylora.ops.allocator import freed_memory_kept
+from manylora.memory.allocator import freed_memory_kept
 block = bytes([1])
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -41,7 +41,7 @@ def test_freed_memory_is_kept_and_then_given_back() -> None:
 
 
 def test_a_system_without_such_a_malloc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from manylora.ops.allocator import freed_memory_kept
+    from manylora.memory.allocator import freed_memory_kept
 
     monkeypatch.setattr(sys, "platform", "darwin")
     with freed_memory_kept() as kept:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from manylora.base.fast.attention import NAME, attention_fallbacks, register, use_attention
 from manylora.base.language import LanguageBase
 from manylora.base.probes import packed_inputs
 from manylora.data.collate import collate
@@ -21,7 +22,6 @@ from manylora.ops import attention as module
 from manylora.ops import attention_layout
 from manylora.ops.attention import attention, reference
 from manylora.ops.attention_layout import Layout, read_layout
-from manylora.ops.attention_model import NAME, attention_fallbacks, register, use_attention
 
 BAND = 1e-2
 """How far bfloat16 may be from float32 on the same numbers, as a share of the norm: two and a half roundings."""
@@ -364,7 +364,7 @@ def encoder() -> LanguageBase:
 
 
 def test_an_encoders_own_mask_is_read_once_for_all_layers(monkeypatch):
-    from manylora.ops import attention_model
+    from manylora.base.fast import attention as attention_model
 
     base = encoder()
     batch = packed_batch(base, [[10, 20, 5], [30]])
@@ -457,7 +457,7 @@ def test_dropout_of_weights_falls_back_with_the_reason(base):
 
 
 def test_a_model_that_gives_other_states_keeps_torchs_attention(base, monkeypatch):
-    from manylora.ops import attention_model
+    from manylora.base.fast import attention as attention_model
 
     monkeypatch.setattr(attention_model, "attention", lambda q, *_: q * 0)
     note = use_attention(base.model, packed_states(base))
@@ -466,7 +466,7 @@ def test_a_model_that_gives_other_states_keeps_torchs_attention(base, monkeypatc
 
 
 def test_a_model_whose_code_fails_keeps_torchs_attention(base, monkeypatch):
-    from manylora.ops import attention_model
+    from manylora.base.fast import attention as attention_model
 
     def fails(*_):
         raise TypeError("'Layout' object is not subscriptable")

@@ -16,8 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
+from manylora.base.fast import forms as elementwise_forms
+from manylora.base.fast.elementwise import FORM, use_elementwise
+from manylora.base.fast.forms import find_norm
 from manylora.base.frozen import FrozenModel
-from manylora.ops import elementwise, elementwise_forms, elementwise_norm
+from manylora.ops import elementwise, elementwise_norm
 from manylora.ops.elementwise import (
     ACTIVATIONS,
     gated,
@@ -26,8 +29,6 @@ from manylora.ops.elementwise import (
     rotate,
     rotate_reference,
 )
-from manylora.ops.elementwise_forms import find_norm
-from manylora.ops.elementwise_model import FORM, use_elementwise
 from manylora.ops.elementwise_norm import rms_norm, rms_norm_reference
 from manylora.spec import AdapterSpec
 

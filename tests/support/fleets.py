@@ -18,7 +18,7 @@ from manylora.spec import AdapterSpec
 from manylora.training import checkpoint as checkpoint_module
 from manylora.training.loop import Loop, LoopSettings
 from manylora.training.member import Member, Recipe
-from manylora.training.source import Given
+from manylora.training.orders import Given
 
 RECIPE = Recipe(learning_rate=1e-2, schedule="cosine", total_steps=6, warmup=2, rows_per_step=4, weight_decay=0.1)
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from manylora.runs.console import Progress
 from manylora.sweeps.board import TOP, Board
 from manylora.sweeps.leaderboard import Entry
-from manylora.training.console import Progress
 
 
 class Clock:

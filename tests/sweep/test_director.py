@@ -19,7 +19,7 @@ from manylora.sweeps.search import Search
 from manylora.sweeps.space import parse_space
 from manylora.sweeps.stopping import RULES, StopSettings
 from manylora.sweeps.trials import Trials, levels_of
-from manylora.training.source import Ending, Order, Report
+from manylora.training.orders import Ending, Order, Report
 
 FULL = 900
 RATES = [0.001 * 2**place for place in range(9)]

@@ -162,7 +162,7 @@ def test_a_trial_that_ends_is_told_once_with_place_values_and_reason_on_one_line
 
 def test_leaderboard_board_and_report_do_not_import_torch():
     program = (
-        "import sys, manylora.sweeps.leaderboard, manylora.sweeps.board, manylora.sweeps.report\n"
+        "import sys, manylora.sweeps.leaderboard, manylora.sweeps.board, manylora.sweeps.pages.report\n"
         "print([name for name in ('torch', 'optuna', 'rich') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from manylora.config import load_config
+from manylora.runs.events import EventLog
 from manylora.sweeps.board import Board
 from manylora.sweeps.director import Director
 from manylora.sweeps.ledger import Ledger
@@ -14,7 +15,6 @@ from manylora.sweeps.search import Search
 from manylora.sweeps.space import parse_space
 from manylora.sweeps.stopping import RULES, StopSettings
 from manylora.sweeps.trials import Trials
-from manylora.training.events import EventLog
 
 FULL = 1000
 

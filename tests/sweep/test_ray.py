@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from manylora.config import Config, load_config
 from manylora.errors import ConfigError
+from manylora.runs.events import EventLog, read_events
 from manylora.sweeps.board import Board
 from manylora.sweeps.director import Director
 from manylora.sweeps.engines import ray as engine
@@ -37,8 +38,7 @@ from manylora.sweeps.space import parse_space
 from manylora.sweeps.stopping import RULES, StopSettings
 from manylora.sweeps.trials import Trials, levels_of
 from manylora.training.checkpoint import Checkpoints, Kept
-from manylora.training.events import EventLog, read_events
-from manylora.training.source import Ending, Order, Report
+from manylora.training.orders import Ending, Order, Report
 from manylora.types import Factors
 
 FULL_STEPS = 18

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.sweeps.charts import HEIGHT, WIDTH, MemberCurve, importance_bars, member_curves, spread_chart
+from manylora.pages import run as plain_report
+from manylora.pages.charts import BOTTOM, LEFT, RIGHT, TOP
+from manylora.runs.events import EventLog
 from manylora.sweeps.leaderboard import Entry, ranked
-from manylora.sweeps.parallel import axis_of, parallel_coordinates
-from manylora.sweeps.report import write_report
-from manylora.sweeps.shades import fence, mark
-from manylora.training import report as plain_report
-from manylora.training.charts import BOTTOM, LEFT, RIGHT, TOP
-from manylora.training.events import EventLog
+from manylora.sweeps.pages.charts import HEIGHT, WIDTH, MemberCurve, importance_bars, member_curves, spread_chart
+from manylora.sweeps.pages.parallel import axis_of, parallel_coordinates
+from manylora.sweeps.pages.report import write_report
+from manylora.sweeps.pages.shades import fence, mark
 
 if TYPE_CHECKING:
     from pathlib import Path

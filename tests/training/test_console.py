@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from manylora.training.console import Progress, duration, is_terminal
+from manylora.runs.console import Progress, duration, is_terminal
 
 
 class Clock:
@@ -108,7 +108,7 @@ def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
 def test_progress_goes_to_stderr_and_rich_is_not_imported_for_a_pipe():
     program = (
         "import sys\n"
-        "from manylora.training.console import Progress\n"
+        "from manylora.runs.console import Progress\n"
         "with Progress() as progress:\n"
         "    progress.note('why')\n"
         "    progress.start(1)\n"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from manylora.errors import CheckpointBroken, DiskFull
-from manylora.training.events import EventLog, read_events
+from manylora.runs.events import EventLog, read_events
 
 
 def test_an_event_can_be_read_as_soon_as_it_is_written(tmp_path):

@@ -14,11 +14,11 @@ from torch.utils.data import TensorDataset
 from manylora.base.frozen import FrozenModel
 from manylora.base.load import load_base
 from manylora.config import load_config
+from manylora.planning.planner import MOST_PRODUCT_BYTES
+from manylora.runs.console import Progress
 from manylora.training import footprint
-from manylora.training.console import Progress
 from manylora.training.expected import Expected, expected
 from manylora.training.fitting import fit
-from manylora.training.memory import MOST_PRODUCT_BYTES
 from manylora.training.prepare import Stock
 from manylora.training.run import train
 

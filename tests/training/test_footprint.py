@@ -24,6 +24,8 @@ from manylora.data.collate import batch_of
 from manylora.data.example import Example
 from manylora.data.tensors import TensorExamples
 from manylora.errors import RouteError
+from manylora.memory import device as device_memory
+from manylora.memory.device import SAFETY_SHARE, free_bytes
 from manylora.objectives.causal_lm import CAUSAL_LM
 from manylora.objectives.classification import CLASSIFICATION
 from manylora.spec import AdapterSpec
@@ -31,10 +33,8 @@ from manylora.training import footprint
 from manylora.training.footprint import (
     BACKWARD_FACTOR,
     ENOUGH_TOKENS,
-    SAFETY_SHARE,
     ActivationModel,
     choose_concurrency,
-    free_bytes,
     member_bytes,
     saved_bytes,
     token_bytes,
@@ -234,9 +234,9 @@ def test_a_container_s_limit_bounds_what_is_free(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("4000\n")
     (tmp_path / "memory.stat").write_text("anon 3000\ninactive_file 600\n")
-    assert footprint._left_in_container(tmp_path) == 1600
+    assert device_memory._left_in_container(tmp_path) == 1600
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    monkeypatch.setattr(footprint, "_left_in_container", lambda folder: 1600)
+    monkeypatch.setattr(device_memory, "_left_in_container", lambda folder: 1600)
     assert free_bytes(torch.device("cpu")) == int(SAFETY_SHARE * 1600)
 
 
@@ -246,7 +246,7 @@ def test_a_container_without_a_limit_bounds_nothing(tmp_path, limit):
         (tmp_path / "memory.max").write_text(limit)
         (tmp_path / "memory.current").write_text("4000\n")
         (tmp_path / "memory.stat").write_text("inactive_file 600\n")
-    assert footprint._left_in_container(tmp_path) == math.inf
+    assert device_memory._left_in_container(tmp_path) == math.inf
 
 
 # -- how many ----------------------------------------------------------------------------------------------------------

@@ -9,14 +9,15 @@ from manylora.base.frozen import FrozenModel
 from manylora.base.load import load_base
 from manylora.config import load_config
 from manylora.errors import ConfigError
+from manylora.memory.hollow import hollow_of, without_weights
+from manylora.memory.trace import Trace
 from manylora.ops.attention import attention
 from manylora.ops.attention_layout import Layout
-from manylora.training.memory import CATEGORIES, Planner
-from manylora.training.memory_advice import changes
-from manylora.training.memory_base import hollow_base, hollow_of, without_weights
-from manylora.training.memory_device import Device, parse_device
-from manylora.training.memory_heap import Heap, grown
-from manylora.training.memory_trace import Trace
+from manylora.planning.advice import changes
+from manylora.planning.devices import Device, parse_device
+from manylora.planning.heap import Heap, grown
+from manylora.planning.hollow import hollow_base
+from manylora.planning.planner import CATEGORIES, Planner
 
 GB = 10**9
 

@@ -19,11 +19,11 @@ from manylora.base.language import LanguageBase
 from manylora.config import load_config
 from manylora.data.example import Example
 from manylora.errors import OutOfMemory
+from manylora.runs.events import read_events
 from manylora.spec import AdapterSpec
 from manylora.training import fitting, run
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.checkpointing import Mode, checkpointed
-from manylora.training.events import read_events
 from manylora.training.fitting import Fit, fit
 from manylora.training.member import Member
 from manylora.training.step import backward, micro_batches, probe_step, widest_batch

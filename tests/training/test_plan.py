@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manylora.training.plan import Step, admissible, deal
+from manylora.training.deal import Step, admissible, deal
 
 WIDTHS = st.integers(1, 12).map(lambda eighths: 8 * eighths)
 STEPS = st.lists(st.builds(Step, st.lists(WIDTHS, max_size=6).map(tuple), st.integers(1, 4)), max_size=5)
@@ -149,7 +149,7 @@ def test_a_large_fleet_is_dealt_in_milliseconds(budget):
 
 
 def test_the_plan_needs_no_torch():
-    code = "import sys, manylora.training.plan; assert 'torch' not in sys.modules"
+    code = "import sys, manylora.training.deal; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

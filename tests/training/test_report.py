@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manylora.training.charts import (
+from manylora.pages.charts import (
     BOTTOM,
     LEFT,
     RIGHT,
@@ -25,8 +25,8 @@ from manylora.training.charts import (
     short_number,
     thin,
 )
-from manylora.training.events import EventLog
-from manylora.training.report import Overview, read_run, write_page, write_report
+from manylora.pages.run import Overview, read_run, write_page, write_report
+from manylora.runs.events import EventLog
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from manylora.errors import ConfigError, UnknownName
-from manylora.training.trackers import TRACKERS, Trackers
+from manylora.runs.trackers import TRACKERS, Trackers
 
 CONFIG = {"base": "builtin:tiny-en", "train": {"learning_rate": 2e-4, "betas": [0.9, 0.999]}, "data": {}}
 
@@ -54,7 +54,7 @@ def test_an_unknown_tracker_is_named_with_its_neighbour_before_any_is_opened(tmp
 
 def test_importing_the_module_imports_no_tracker():
     program = (
-        "import sys, manylora.training.trackers as t\n"
+        "import sys, manylora.runs.trackers as t\n"
         "loaded = {'tensorboard', 'torch', 'wandb', 'mlflow', 'trackio'} & set(sys.modules)\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)"
     )

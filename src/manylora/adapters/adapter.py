@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from manylora.adapters.peft_config import task_type_of
+from manylora.adapters.peft.config import task_type_of
 from manylora.base.original import Originals
 from manylora.base.sites import match_sites
 from manylora.errors import SpecError
@@ -95,7 +95,7 @@ class Adapter:
         Raises:
             AdapterBroken: a file is missing or is not what its name says; a setting that cannot be honoured.
         """
-        from manylora.adapters.store import load_adapter
+        from manylora.adapters.peft.store import load_adapter
 
         return load_adapter(Path(folder))
 
@@ -105,7 +105,7 @@ class Adapter:
         Raises:
             OutputExists: the folder already holds an adapter.
         """
-        from manylora.adapters.store import save_adapter
+        from manylora.adapters.peft.store import save_adapter
 
         return save_adapter(self, Path(folder), base)
 

@@ -18,8 +18,8 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.receipt import check_base
 from manylora.base.frozen import FrozenModel
 from manylora.errors import AdapterBroken, BaseMismatch, RouteError, SpecError, nearest_names
+from manylora.memory.allocator import lying_apart
 from manylora.methods import METHODS
-from manylora.ops.allocator import lying_apart
 from manylora.types import Factors, Method, Runs, Segment, Site, Stack, Use
 
 MAX_PLANS = 8192

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from manylora.base.fast.attention import use_attention
+from manylora.base.fast.elementwise import use_elementwise
 from manylora.base.frozen import FrozenModel, summed_by_row
 from manylora.base.probes import RowRules, packed_inputs, probe_rows
 from manylora.base.sites import reads_along
 from manylora.base.tokenizer import template_digest, tokenizer_digest
-from manylora.ops.attention_model import use_attention
 from manylora.ops.dropout import mix
-from manylora.ops.elementwise_model import use_elementwise
 from manylora.ops.positions import LINEAR_DTYPES, linear_nats, nats, values_and_gradient, with_gradient
 from manylora.types import IGNORED, Batch, Packing, Site, take_rows
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from manylora.base.fingerprint import folder_fingerprint, read_header, weight_files
 from manylora.base.language import LanguageBase, stop_ids
-from manylora.base.stored import Stored, stored_format
+from manylora.base.packing.stored import Stored, stored_format
 from manylora.errors import BaseBroken, BaseNotFound, ConfigError, UserError, nearest_names
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -144,7 +144,7 @@ def load_base(
     if quantize is None and (stored is None or not stored.readable):
         model = load_dense(folder, auto, chosen_dtype, trust_remote_code).to(chosen_device)
     else:
-        from manylora.base.quantise import PackReport, load_packing, load_stored, packer
+        from manylora.base.packing.quantise import PackReport, load_packing, load_stored, packer
 
         settings: Any = {"dtype": chosen_dtype, "device": chosen_device, "trust_remote_code": trust_remote_code}
         with reading(folder):

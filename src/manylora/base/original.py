@@ -9,7 +9,7 @@ from torch import Tensor
 from manylora.base.fingerprint import folder_fingerprint
 from manylora.base.frozen import FrozenModel
 from manylora.base.load import find_base
-from manylora.base.stored import METHOD, stored_format
+from manylora.base.packing.stored import METHOD, stored_format
 from manylora.base.tensors import TensorFiles, checkpoint_files
 from manylora.errors import BaseBroken, BaseMismatch, BaseNotFound
 from manylora.types import Site

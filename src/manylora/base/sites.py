@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manylora.base.packed import PackedLinear
+from manylora.base.packing.layers import PackedLinear
 from manylora.errors import SiteNotFound, nearest_names
 from manylora.types import Site, SiteKind
 

@@ -10,7 +10,7 @@ import typer
 from manylora.cli.generate import MaxNewTokens, Seed, Temperature, TopK, TopP
 from manylora.cli.opened import BaseName, Device, Dtype, Quantize, TrustRemoteCode, open_base
 from manylora.cli.output import AsJson, Output, note
-from manylora.cli.places import adapter_folder
+from manylora.runs.places import adapter_folder
 
 
 def chat(

@@ -41,7 +41,7 @@ def combine(
 ) -> None:
     """Combine several adapters into one."""
     from manylora.adapters.adapter import Adapter
-    from manylora.adapters.combine import combine as combine_adapters
+    from manylora.adapters.combine.combined import combine as combine_adapters
     from manylora.base.load import load_base
     from manylora.files import refuse_occupied
 

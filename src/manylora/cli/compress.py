@@ -9,11 +9,11 @@ import typer
 
 from manylora.cli.opened import BaseName, Device, Opened, Quantize, TrustRemoteCode, open_base
 from manylora.cli.output import AsJson, Output
-from manylora.cli.places import adapter_folder
 from manylora.errors import ConfigError
+from manylora.runs.places import adapter_folder
 
 if TYPE_CHECKING:
-    from manylora.adapters.compressing.report import CompressReport
+    from manylora.adapters.compress.report import CompressReport
 
 SHOWN_SITES = 8
 
@@ -54,7 +54,7 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Make an adapter smaller, and measure what is lost."""
-    from manylora.adapters.compress import compress as compress_adapter
+    from manylora.adapters.compress.compressed import compress as compress_adapter
     from manylora.errors import CompressRefused
     from manylora.files import refuse_occupied
 
@@ -100,7 +100,7 @@ def _rows(data: list[str] | None, opened: Opened | None) -> list[list[int]]:
 
 def show_report(output: Output, report: CompressReport) -> None:
     """Print what a smaller adapter costs: bytes, logits, then the sites, worst first."""
-    from manylora.adapters.compressing.report import facts, in_words
+    from manylora.adapters.compress.report import facts, in_words
 
     lines = facts(report)
     width = max(map(len, lines))

@@ -14,7 +14,7 @@ from manylora.cli.train import show_summary
 from manylora.errors import OutputExists
 
 if TYPE_CHECKING:
-    from manylora.tasks.task import Sample
+    from manylora.evaluation.sample import Sample
 
 BASE = "builtin:tiny-en"
 SHOWN, JUDGED = 3, 64
@@ -35,7 +35,7 @@ def demo(
     """Teach a small language model a task, before and after."""
     from manylora.config import load_config
     from manylora.data.demo import demo_data_folder
-    from manylora.training.console import Progress
+    from manylora.runs.console import Progress
     from manylora.training.run import train as run_training
 
     output, data = Output(as_json), demo_data_folder()

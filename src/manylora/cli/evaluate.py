@@ -10,9 +10,9 @@ import typer
 
 from manylora.cli.opened import BaseName, Device, Opened, Quantize, TrustRemoteCode, UseCache, open_base
 from manylora.cli.output import AsJson, Output, note
-from manylora.cli.places import Place, recognise, results_of
 from manylora.cli.train import show_scores
 from manylora.errors import UserError
+from manylora.runs.places import Place, recognise, results_of
 
 if TYPE_CHECKING:
     from manylora.config import DataPlace
@@ -112,7 +112,7 @@ def _what(place: Place) -> tuple[Settings, list[Path]]:
 
 def _settings_of(path: Path) -> Settings:
     from manylora.config import load_config
-    from manylora.training.data import held_out_places
+    from manylora.tasks.data import held_out_places
 
     config = load_config(path)
     data = config.data
@@ -128,7 +128,7 @@ def read_examples(opened: Opened, settings: Settings, *, quiet: bool = False, us
     from manylora.data.examples import Reading
     from manylora.data.load import load_examples
     from manylora.tasks import TASKS
-    from manylora.training.data import open_places
+    from manylora.tasks.data import open_places
 
     reading = Reading(
         max_length=settings.row_tokens, format=settings.format, kinds=TASKS.get(settings.task).kinds,

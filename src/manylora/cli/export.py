@@ -22,7 +22,7 @@ def export(
 ) -> None:
     """Write an adapter in another engine's format."""
     from manylora.adapters.adapter import Adapter
-    from manylora.adapters.export import export as export_adapter
+    from manylora.adapters.export.exported import export as export_adapter
 
     lines = export_adapter(Adapter.load(adapter), to, output, base=base)
     out = Output(as_json)

@@ -10,8 +10,8 @@ import typer
 
 from manylora.cli.opened import BaseName, Device, Dtype, Opened, Quantize, TrustRemoteCode, open_base
 from manylora.cli.output import AsJson, Output
-from manylora.cli.places import adapter_folder
 from manylora.errors import DataError, UserError
+from manylora.runs.places import adapter_folder
 
 Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", help="An adapter or a run; repeat it to compare several side by side.")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from manylora.cli.data_look import Asked
 from manylora.cli.inspect_data import inspect_data
 from manylora.cli.opened import Dtype, TrustRemoteCode, UseCache
 from manylora.cli.output import AsJson, Output, note
-from manylora.cli.places import Kind, adapters_of, recognise
 from manylora.errors import UserError
+from manylora.look.asked import Asked
+from manylora.runs.places import Kind, adapters_of, recognise
 
 if TYPE_CHECKING:
     from manylora.types import Site
@@ -212,7 +212,7 @@ def _sweep_facts(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(output: Output, folder: Path) -> dict[str, Any]:
-    from manylora.training.events import read_events
+    from manylora.runs.events import read_events
 
     events = read_events(folder)
     steps = [event for event in events if event.get("event") == "step"]

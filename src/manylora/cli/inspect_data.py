@@ -9,9 +9,9 @@ import typer
 from manylora.errors import OutputExists
 
 if TYPE_CHECKING:
-    from manylora.cli.data_look import Asked
     from manylora.cli.output import Output
-    from manylora.cli.places import Place
+    from manylora.look.asked import Asked
+    from manylora.runs.places import Place
 
 SHOWN, ON_PAGE = 3, 100
 """Rows of each source that are printed where no number is asked for, and rows of each on a page."""
@@ -23,10 +23,10 @@ def inspect_data(output: Output, place: Place, asked: Asked) -> dict[str, Any]:
     Raises:
         UserError: whatever of the data, the base or the options cannot be had. Exit: 2 with `strict` and bad rows.
     """
-    from manylora.cli.data_found import find, first_rows
-    from manylora.cli.data_look import look_of
-    from manylora.cli.data_page import write_page
-    from manylora.cli.data_text import Screen, show
+    from manylora.cli.inspect_text import Screen, show
+    from manylora.look.asked import look_of
+    from manylora.look.found import find, first_rows
+    from manylora.look.page import write_page
 
     if asked.html is not None and asked.html.exists():
         raise OutputExists(f"{str(asked.html)!r} is there already", next_step="give another --html, or remove it")

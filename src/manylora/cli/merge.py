@@ -114,7 +114,7 @@ def _rows(data: list[str] | None, base: Any) -> list[list[int]]:
     from manylora.config import DataPlace
     from manylora.data.examples import Reading
     from manylora.data.load import load_examples
-    from manylora.training.data import open_places
+    from manylora.tasks.data import open_places
 
     places = tuple(DataPlace(path=path) for path in data)
     reading = Reading(max_length=base.max_positions or 1 << 20)

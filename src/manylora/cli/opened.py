@@ -98,7 +98,7 @@ def open_base(
 def _storage(name: str, asked: str | None, loaded: Mapping[str, Adapter]) -> tuple[str | None, list[str]]:
     """How the base's weights are packed, and why: as asked, else as the first adapter that says so was trained."""
     from manylora.base.load import find_base
-    from manylora.base.stored import stored_format
+    from manylora.base.packing.stored import stored_format
 
     if asked is not None:
         return (None if asked == "none" else asked), []

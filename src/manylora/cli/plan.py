@@ -11,8 +11,8 @@ from manylora.cli.opened import Overrides
 from manylora.cli.output import AsJson, Output
 
 if TYPE_CHECKING:
-    from manylora.training.memory import Plan
-    from manylora.training.memory_advice import Change
+    from manylora.planning.advice import Change
+    from manylora.planning.planner import Plan
 
 
 def plan(
@@ -30,10 +30,10 @@ def plan(
     weight is read, and nothing is trained or written.
     """
     from manylora.config import load_config
+    from manylora.planning.advice import changes
+    from manylora.planning.devices import parse_device
+    from manylora.planning.planner import Planner
     from manylora.sweeps.room import planned_fleet
-    from manylora.training.memory import Planner
-    from manylora.training.memory_advice import changes
-    from manylora.training.memory_device import parse_device
 
     output = Output(as_json)
     where = None if device is None else parse_device(device)

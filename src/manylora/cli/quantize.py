@@ -11,7 +11,7 @@ from manylora.cli.opened import TrustRemoteCode
 from manylora.cli.output import AsJson, Output, note
 
 if TYPE_CHECKING:
-    from manylora.base.packed_folder import Loss
+    from manylora.base.packing.folder import Loss
     from manylora.methods.inits.loftq import LoftqPacking
 
 
@@ -35,7 +35,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Pack a base's linear weights into few bits."""
-    from manylora.base.packed_folder import quantise_folder
+    from manylora.base.packing.folder import quantise_folder
 
     out = Output(as_json)
     options: dict[str, Any] = {"double_quant": double_quant, "block": block}

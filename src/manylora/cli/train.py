@@ -44,7 +44,7 @@ def train(
             next_step="manylora train CONFIG.yaml; `manylora demo` writes one to start from",
         )
     from manylora.config import load_config
-    from manylora.training.console import Progress
+    from manylora.runs.console import Progress
     from manylora.training.run import train as run_training
 
     made, found = load_config(config, overrides or ()), {}

@@ -10,11 +10,11 @@ import torch
 from manylora.data.batches import Epochs
 from manylora.data.collate import batch_of
 from manylora.errors import ConfigError, DataError
+from manylora.evaluation.sample import Metrics, Sample
 from manylora.generation.decode import generate
+from manylora.memory.refused import as_many_as_fit
 from manylora.objectives.forward import Aim, SlotSums, forward_batch
 from manylora.ops.dropout import mix
-from manylora.ops.refused import as_many_as_fit
-from manylora.tasks.task import Metrics, Sample, Task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
     from manylora.base.language import LanguageBase
     from manylora.data.example import Example
+    from manylora.tasks.task import Task
     from manylora.types import Objective
 
 

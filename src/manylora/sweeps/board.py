@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, TextIO
 
+from manylora.runs.console import LINES_PER_RUN, Progress, duration, is_terminal
 from manylora.sweeps.leaderboard import Entry, State, cells, ended_lines, ranked, searched_keys, short_names, tally
-from manylora.training.console import LINES_PER_RUN, Progress, duration, is_terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -19,7 +19,7 @@ from manylora.sweeps.leaderboard import Entry, State, ranked
 from manylora.sweeps.search import Search
 from manylora.sweeps.stopping.rule import Rule
 from manylora.sweeps.trials import Trials
-from manylora.training.source import Ending, Order, Report, Verdict
+from manylora.training.orders import Ending, Order, Report, Verdict
 
 
 @dataclass(slots=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 from manylora.config import Config, load_config
 from manylora.errors import ConfigError, OutputExists
+from manylora.runs.folder import RunFolder
 from manylora.sweeps.board import Board
 from manylora.sweeps.leaderboard import Entry, finite
 from manylora.sweeps.ledger import SWEEP_FILE
 from manylora.sweeps.run import sweep
-from manylora.training.data import held_out_places
-from manylora.training.folder import RunFolder
+from manylora.tasks.data import held_out_places
 from manylora.training.prepare import Stock
 from manylora.training.rates import auto_rate
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from manylora.config_text import dump_inline
 from manylora.files import write_text_atomic
-from manylora.training.charts import short_number
+from manylora.pages.charts import short_number
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.files import write_json_atomic
+from manylora.runs.events import read_events
 from manylora.sweeps.leaderboard import FILE_NAME, Entry, write_csv
-from manylora.training.events import read_events
 
 if TYPE_CHECKING:
     from manylora.config import SweepConfig
+    from manylora.runs.events import EventLog
+    from manylora.runs.trackers import Trackers
     from manylora.sweeps.board import Board
     from manylora.sweeps.director import Director
     from manylora.sweeps.search import Search
-    from manylora.training.events import EventLog
-    from manylora.training.trackers import Trackers
 
 SWEEP_FILE = "sweep.json"
 WRITE_S = 5.0

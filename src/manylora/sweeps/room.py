@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manylora.errors import UserError
+from manylora.memory.device import SAFETY_SHARE, free_bytes
 from manylora.training.checkpointing import checkpointed
 from manylora.training.fitting import asked
-from manylora.training.footprint import SAFETY_SHARE, choose_concurrency, free_bytes, member_bytes, token_bytes
+from manylora.training.footprint import choose_concurrency, member_bytes, token_bytes
 
 if TYPE_CHECKING:
     from manylora.adapters.adapter import Adapter
     from manylora.config import Config
+    from manylora.planning.devices import Device
+    from manylora.planning.planner import Plan, Planner
     from manylora.training.member import Member
-    from manylora.training.memory import Plan, Planner
-    from manylora.training.memory_device import Device
     from manylora.training.prepare import Stock
 
 PROBED = 3
@@ -107,13 +108,13 @@ def planned_fleet(config: Config, where: Device | None) -> tuple[Planner, Config
     Raises:
         UserError: what `sweep` would raise of the configuration, the base or the data.
     """
+    from manylora.memory.hollow import without_weights
+    from manylora.memory.trace import Trace
+    from manylora.planning.planner import Planner
     from manylora.sweeps.run import DEFAULT_TRIALS, LIKELY, settled
     from manylora.sweeps.search import Search
     from manylora.sweeps.space import parse_space
     from manylora.sweeps.trials import Trials
-    from manylora.training.memory import Planner
-    from manylora.training.memory_base import without_weights
-    from manylora.training.memory_trace import Trace
 
     config, _ = settled(config)
     assert config.sweep is not None

@@ -12,11 +12,13 @@ from manylora.adapters.bank import Bank
 from manylora.config import Config, StopConfig
 from manylora.errors import ConfigError, NonFiniteLoss
 from manylora.files import write_folder_atomic, write_json_atomic
+from manylora.memory.device import peak_bytes
+from manylora.runs.folder import RunFolder
 from manylora.sweeps.board import Board
 from manylora.sweeps.director import Director
 from manylora.sweeps.engines import ENGINES
 from manylora.sweeps.ledger import Ledger
-from manylora.sweeps.report import write_report
+from manylora.sweeps.pages.report import write_report
 from manylora.sweeps.search import Search
 from manylora.sweeps.space import parse_space
 from manylora.sweeps.stopping import RULES, settings_of
@@ -24,8 +26,6 @@ from manylora.sweeps.trials import Trials, levels_of
 from manylora.training.checkpointing import Checkpointing
 from manylora.training.compiling import check_compiles
 from manylora.training.fitting import asked
-from manylora.training.folder import RunFolder
-from manylora.training.memory import peak_bytes
 from manylora.training.prepare import Stock
 from manylora.training.run import Result, compare
 

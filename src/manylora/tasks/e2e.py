@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from manylora.tasks.task import Sample
+    from manylora.evaluation.sample import Sample
 
 _ALIKE = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "center": "centre"}
 

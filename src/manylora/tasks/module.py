@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from manylora.tasks.task import Metrics, Sample
+    from manylora.evaluation.sample import Metrics, Sample
 
 
 class ModuleClasses:

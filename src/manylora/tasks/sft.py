@@ -9,7 +9,7 @@ from manylora.tasks.text_metrics import bleu, exact_match
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from manylora.tasks.task import Metrics, Sample
+    from manylora.evaluation.sample import Metrics, Sample
 
 
 class SupervisedFineTuning:

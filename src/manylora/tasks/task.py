@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One input, every reference that the data has for it, and the text that a slot answered with."""
-
-    prompt: str
-    references: tuple[str, ...]
-    text: str
+    from manylora.evaluation.sample import Metrics, Sample
 
 
 class Task(Protocol):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from sacrebleu.metrics.bleu import BLEU
 
-    from manylora.tasks.task import Sample
+    from manylora.evaluation.sample import Sample
 
 
 def bleu(samples: Sequence[Sample]) -> tuple[float, str]:

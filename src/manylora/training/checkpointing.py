@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from manylora.base.frozen import FrozenModel
 from manylora.base.layers import Layer, repeated_layers
 from manylora.errors import ConfigError
-from manylora.ops.recompute import Products, recomputed
+from manylora.training.recompute import Products, recomputed
 
 Mode = Literal["none", "selective", "full"]
 MODES: tuple[Mode, ...] = ("none", "selective", "full")

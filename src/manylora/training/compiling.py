@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manylora.adapters.bank import Bank
+from manylora.base.fast.attention import opaque_attention
 from manylora.base.frozen import FrozenModel
 from manylora.base.layers import Layer, repeated_layers
 from manylora.errors import ConfigError
-from manylora.ops.allocator import freed_memory_kept
-from manylora.ops.attention_model import opaque_attention
+from manylora.memory.allocator import freed_memory_kept
 from manylora.training.checkpointing import Mode, checkpointed
 from manylora.training.step import ForwardTooLarge, micro_batches, probe_step
 from manylora.types import Site

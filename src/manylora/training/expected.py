@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from manylora.training.footprint import available_bytes
-from manylora.training.memory import MOST_PRODUCT_BYTES, NEW_PRODUCTS, PRODUCT_BYTES
+from manylora.memory.device import MOST_PRODUCT_BYTES, NEW_PRODUCTS, PRODUCT_BYTES, available_bytes
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora.files import write_json_atomic
+from manylora.memory.device import free_bytes
 from manylora.training.checkpointing import MODES, Mode, checkpointed, choose_checkpointing, mode_named
-from manylora.training.footprint import ActivationModel, free_bytes, member_bytes, token_bytes
+from manylora.training.footprint import ActivationModel, member_bytes, token_bytes
 from manylora.training.step import widest_row
 
 if TYPE_CHECKING:

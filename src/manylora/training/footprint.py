@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -23,18 +21,14 @@ from manylora.data.collate import batch_of
 from manylora.data.example import Example
 from manylora.data.packing import WIDTH_STEP, row_width
 from manylora.data.store import lengths_of
+from manylora.memory.hollow import hollow_of, without_weights
+from manylora.memory.trace import Trace
 from manylora.methods import METHODS
 from manylora.objectives.forward import Aim, forward_batch
 from manylora.ops.positions import TILE_POSITIONS
-from manylora.training.memory_base import hollow_of, without_weights
-from manylora.training.memory_trace import Trace
+from manylora.training.deal import FIXED_TOKENS
 from manylora.training.optim import OPTIMIZERS
-from manylora.training.plan import FIXED_TOKENS
 from manylora.types import Batch, Objective
-
-SAFETY_SHARE = 0.8
-"""Of the free memory, what a fleet may plan with: the rest is for evaluation, for fragments, and for whatever else runs
-on the machine."""
 
 BACKWARD_FACTOR = 1.4
 """What a step holds at most, over what its forward keeps: gradients of activations, and copies of the present layer.
@@ -227,34 +221,6 @@ def _chunk(base: FrozenModel, objective: Objective, row: Sequence[Any], epochs: 
         peak, _ = trace.peak(begin)
     tokens = min(sum(batch.num_trained), max(TILE_POSITIONS, CHUNK_ELEMENTS // base.vocabulary))
     return peak / tokens, tokens
-
-
-def free_bytes(device: torch.device) -> int:
-    """What a fleet may plan with on a device: a safe share of its free memory, a container's limit respected."""
-    return int(SAFETY_SHARE * available_bytes(device))
-
-
-def available_bytes(device: torch.device) -> int:
-    """The free memory of a device, a container's limit respected."""
-    if device.type == "cuda":
-        # What the allocator holds and does not use is free too.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + cached
-    elif device.type == "mps":
-        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    else:
-        free = min(psutil.virtual_memory().available, _left_in_container(Path("/sys/fs/cgroup")))
-    return max(0, int(free))
-
-
-def _left_in_container(folder: Path) -> float:
-    """Bytes that a container's limit leaves, pages of files that it may drop counted as free; inf without a limit."""
-    try:
-        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        dropped = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return math.inf if limit == "max" else int(limit) - int(used) + int(dropped.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return math.inf
 
 
 def choose_concurrency(

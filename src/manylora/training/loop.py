@@ -16,17 +16,17 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.errors import NonFiniteLoss, RouteError, UserError
 from manylora.evaluation.evaluate import evaluate_losses
-from manylora.ops.allocator import give_back_freed
+from manylora.memory.allocator import give_back_freed
+from manylora.memory.device import peak_bytes
 from manylora.training.at_once import AtOnce
 from manylora.training.checkpoint import Checkpoints, Kept
 from manylora.training.checkpointing import Checkpointing
+from manylora.training.deal import admissible
 from manylora.training.footprint import member_bytes
 from manylora.training.member import Member, State, tokens_of
-from manylora.training.memory import peak_bytes
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import StackedOptimizer
-from manylora.training.plan import admissible
-from manylora.training.source import Ending, Report, Source, Verdict
+from manylora.training.orders import Ending, Report, Source, Verdict
 from manylora.training.step import AddUp, ForwardTooLarge, StepResult, on_one_device
 from manylora.types import Factors
 

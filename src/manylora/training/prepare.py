@@ -16,7 +16,7 @@ from manylora.data.batches import Epochs
 from manylora.errors import BaseMismatch, ConfigError
 from manylora.objectives import OBJECTIVES
 from manylora.tasks import TASKS
-from manylora.training.data import (
+from manylora.tasks.data import (
     RunData,
     filling,
     held_out_places,

@@ -17,25 +17,25 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.errors import ConfigError
 from manylora.evaluation.evaluate import evaluate_losses, evaluate_text
+from manylora.evaluation.sample import Sample
 from manylora.files import write_json_atomic, write_text_atomic
+from manylora.memory.allocator import freed_memory_kept
+from manylora.memory.device import peak_bytes
 from manylora.objectives.forward import Aim
-from manylora.ops.allocator import freed_memory_kept
-from manylora.tasks.task import Sample
+from manylora.pages.run import write_report
+from manylora.runs.console import Progress
+from manylora.runs.events import EventLog
+from manylora.runs.folder import RunFolder
+from manylora.runs.trackers import Trackers
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.checkpointing import checkpointed
 from manylora.training.compiling import choose_compiling, compiled
-from manylora.training.console import Progress
-from manylora.training.events import EventLog
 from manylora.training.expected import expected
 from manylora.training.fitting import Fit, asked, fit, keep_fit, kept_fit, modes_with
-from manylora.training.folder import RunFolder
 from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
 from manylora.training.member import Member
-from manylora.training.memory import peak_bytes
+from manylora.training.orders import Given, Source
 from manylora.training.prepare import Stock, start_adapter
-from manylora.training.report import write_report
-from manylora.training.source import Given, Source
-from manylora.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel

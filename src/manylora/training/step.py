@@ -15,11 +15,11 @@ from manylora.data.example import Example
 from manylora.data.packing import WIDTH_STEP, row_width
 from manylora.data.store import lengths_of
 from manylora.errors import OutOfMemory
+from manylora.memory.refused import first_line, give_back, is_out_of_memory
 from manylora.objectives.forward import Aim, SlotSums, forward_batch
-from manylora.ops.refused import first_line, give_back, is_out_of_memory
+from manylora.training.deal import Step, deal
 from manylora.training.member import Member
 from manylora.training.optim.stacked import StackedOptimizer, drop_gradients, gradient_norms
-from manylora.training.plan import Step, deal
 from manylora.types import Batch
 
 

@@ -18,7 +18,7 @@ from manylora.adapters.merge.report import MergeReport
 from manylora.adapters.merge.storage import FLOATS, Storage
 from manylora.adapters.merge.weights import Weights
 from manylora.base.fingerprint import content_digest
-from manylora.base.packed_folder import quantise_folder
+from manylora.base.packing.folder import quantise_folder
 from manylora.errors import ConfigError
 from manylora.files import PARTIAL
 

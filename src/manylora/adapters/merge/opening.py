@@ -13,6 +13,7 @@ from manylora.adapters.merge.probes import Probes
 from manylora.base.language import LanguageBase
 from manylora.base.load import load_base
 from manylora.errors import MergeRefused
+from manylora.memory.device import available_bytes
 
 _AUTO = (
     "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification",
@@ -32,7 +33,7 @@ def prove_opens(folder: Path, base: Any, probes: Probes | None, measured: Tensor
     if auto is None or probes is None or measured is None or base.tokenizer is None:
         return "the folder was not opened: its class of model is not one that is opened here"
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * 2
-    free = _free_bytes(base.device)
+    free = available_bytes(base.device)
     if needed > free:
         return f"the folder was not opened: that takes up to {needed:,} bytes, and {free:,} are free"
     opened = load_base(str(folder), dtype=str(base.dtype).removeprefix("torch."), device=str(base.device), auto=auto)
@@ -58,11 +59,3 @@ def auto_class(base: Any) -> str | None:
         if type(base.model) in (found if isinstance(found, tuple) else (found,)):
             return name
     return None
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manylora.base.frozen import FrozenModel
-from manylora.base.stored import stored_format
+from manylora.base.packing.stored import stored_format
 from manylora.base.tensors import TensorFiles, checkpoint_files
 from manylora.types import Site
 

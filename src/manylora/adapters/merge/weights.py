@@ -11,7 +11,7 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.merge.source import Place, Source
 from manylora.adapters.merge.storage import Storage
 from manylora.base.frozen import FrozenModel
-from manylora.base.quantise import choose_sites
+from manylora.base.packing.quantise import choose_sites
 from manylora.methods import METHODS
 from manylora.types import Site
 

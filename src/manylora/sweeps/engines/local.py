@@ -17,9 +17,9 @@ from manylora.training.run import run_loop, save_member
 if TYPE_CHECKING:
     from manylora.adapters.adapter import Adapter
     from manylora.config import Config
+    from manylora.runs.folder import RunFolder
     from manylora.sweeps.director import Director
     from manylora.sweeps.ledger import Ledger
-    from manylora.training.folder import RunFolder
     from manylora.training.loop import Make
     from manylora.training.member import Member
     from manylora.training.prepare import Stock

@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, UserError
+from manylora.runs.events import EventLog, read_events
+from manylora.runs.trackers import Trackers
 from manylora.sweeps.engines import Engine
 from manylora.sweeps.engines.ray_hub import FILE_NAME, Hub, Journal
 from manylora.sweeps.engines.ray_shelf import DiskShelf
 from manylora.sweeps.engines.ray_worker import Task, Worker
-from manylora.training.events import EventLog, read_events
 from manylora.training.run import interruptible
-from manylora.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from manylora.config import Config
+    from manylora.runs.folder import RunFolder
     from manylora.sweeps.director import Director
     from manylora.sweeps.ledger import Ledger
-    from manylora.training.folder import RunFolder
     from manylora.training.prepare import Stock
 
 MOST_DEATHS = 3

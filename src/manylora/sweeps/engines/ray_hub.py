@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from manylora.config import Config
 from manylora.files import raise_if_full
 from manylora.sweeps.director import Director
-from manylora.training.source import Ending, Order, Report, Verdict
+from manylora.training.orders import Ending, Order, Report, Verdict
 
 if TYPE_CHECKING:
     from manylora.training.loop import Recorder

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from manylora.errors import ConfigError, ManyloraError, NonFiniteLoss
 from manylora.sweeps.engines.ray_hub import Answer, Handout
-from manylora.training.source import Ending, Order, Report, Verdict
+from manylora.training.orders import Ending, Order, Report, Verdict
 
 if TYPE_CHECKING:
     from manylora.adapters.adapter import Adapter
@@ -191,13 +191,13 @@ def train(task: Task, post: Post) -> None:
     import torch
 
     from manylora.adapters.bank import Bank
-    from manylora.ops.allocator import freed_memory_kept
+    from manylora.memory.allocator import freed_memory_kept
+    from manylora.runs.folder import RunFolder
     from manylora.sweeps.engines.local import hand_over, maker
     from manylora.training.checkpoint import Checkpoints, Kept
     from manylora.training.checkpointing import checkpointed
     from manylora.training.compiling import compiled
     from manylora.training.fitting import asked
-    from manylora.training.folder import RunFolder
     from manylora.training.loop import Loop, LoopSettings
     from manylora.training.prepare import Stock
 

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from manylora.adapters.bank import Bank
 from manylora.errors import CheckpointBroken
-from manylora.ops.allocator import lying_apart
+from manylora.memory.allocator import lying_apart
 from manylora.types import Stack
 
 

@@ -1,0 +1,1 @@
+"""A smaller adapter, with what it loses measured."""

@@ -1,0 +1,1 @@
+"""The PEFT folder: read and written."""

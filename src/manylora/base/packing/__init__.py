@@ -1,0 +1,1 @@
+"""Bases whose weights are packed: layers, folders, and how they are made."""

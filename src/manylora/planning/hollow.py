@@ -1,0 +1,110 @@
+"""A base without its weights: the model of its configuration, probed on numbers that take no room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from manylora.base.fingerprint import weight_files
+from manylora.base.language import LanguageBase
+from manylora.base.layers import repeated_layers
+from manylora.base.load import check_quantize, choose_dtype, find_base, load_base, load_tokenizer
+from manylora.base.skeleton import NotOneToOne, Skeleton
+from manylora.memory.hollow import HollowBase
+from manylora.tasks import TASKS
+
+if TYPE_CHECKING:
+    from manylora.config import Config
+
+PROBED_LAYERS = 2
+"""Layers that the probes run through, beside one of each further kind; what a model does with rows shows in these."""
+
+
+def hollow_base(config: Config, device_type: str) -> HollowBase:
+    """The base of a configuration as it would be on a device of a type, without its weights.
+
+    Raises:
+        UserError: nothing is there, or the format that is asked for is not the one that the folder is packed in.
+    """
+    task = TASKS.get(config.task)
+    folder = find_base(config.base, weights=False)
+    stored = check_quantize(config.base, folder, config.quantize)
+    dtype, why = choose_dtype(config.dtype, torch.device("cpu") if device_type == "cpu" else torch.device("meta"))
+    form = config.quantize if stored is None else stored.format
+    files = sum(path.stat().st_size for path in weight_files(folder)) if _has_weights(folder) else 0
+    try:
+        skeleton = Skeleton(folder, task.auto, dtype, config.trust_remote_code)
+    except NotOneToOne as error:
+        base = load_base(
+            config.base, dtype=config.dtype, device="cpu", auto=task.auto, trust_remote_code=config.trust_remote_code,
+            chat_template=config.data.chat_template,
+        )  # fmt: skip
+        return HollowBase(base, lambda name: False, form, files, [why, f"the weights were read: {error}"])
+    for name in skeleton.names():
+        if skeleton.aliases(name)[0] == name:
+            skeleton.put(name, _thin(skeleton.shape(name), name, dtype), torch.device("cpu"))
+    tokenizer, _ = load_tokenizer(config.base, config.data.chat_template, trust_remote_code=config.trust_remote_code)
+    with _few_layers(skeleton.model):
+        base = LanguageBase(skeleton.model, tokenizer=tokenizer, name=config.base, folder=folder, fingerprint="planned")
+    return HollowBase(base, skeleton.in_float32, form, files, [why])
+
+
+def _thin(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor:
+    """Numbers of a weight's shape of which few exist: each row is the one before it, moved by one."""
+    if len(shape) < 2:
+        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=dtype)
+    generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+    scale = shape[-1] ** -0.5
+    drawn = torch.randn(sum(shape), generator=generator).mul_(scale).to(dtype)
+    return drawn.as_strided(shape, (1,) * len(shape))
+
+
+@contextmanager
+def _few_layers(model: nn.Module) -> Iterator[None]:
+    """Within it most of the repeated layers hand their input on, so that a probe costs little whatever the depth."""
+    sites = [name for name, module in model.named_modules() if module._parameters]
+    seen: set[Any] = set()
+    passing: list[nn.Module] = []
+    kinds: dict[type, bool] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        kinds[type(module)] = isinstance(output, tuple)
+
+    handles = []
+    for place, layer in enumerate(repeated_layers(model, sites)):
+        kind = type(layer.module), getattr(layer.module, "attention_type", None)
+        if place < PROBED_LAYERS or kind not in seen:
+            seen.add(kind)
+            handles.append(layer.module.register_forward_hook(note))
+            continue
+        passing.append(layer.module)
+        layer.module.__dict__["forward"] = _Pass(type(layer.module), kinds)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in passing:
+            if isinstance(module.__dict__.get("forward"), _Pass):
+                del module.__dict__["forward"]
+
+
+class _Pass:
+    """The forward of a layer that hands its first argument on, in the form in which its kind returns."""
+
+    def __init__(self, kind: type, kinds: dict[type, bool]):
+        self.kind = kind
+        self.kinds = kinds
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if self.kinds.get(self.kind) else hidden
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
