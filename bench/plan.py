@@ -154,8 +154,7 @@ def held(values: dict[str, Any]) -> dict[str, Any]:
 
     import manylora.base.packing.quantise
     import manylora.sweeps.run
-    import manylora.training.optim.adamw
-    import manylora.training.optim.sgd  # noqa: F401
+    import manylora.training.optim.elementwise  # noqa: F401
     from manylora.training.run import train
 
     _ = transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.GenerationConfig

@@ -12,7 +12,7 @@ IMPORTS = (
     "manylora.config",
     "manylora.training.run",
     "manylora.base.packing.quantise",
-    "manylora.quant.nf4",
+    "manylora.quant.four_bit",
     "manylora.quant.kernels",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",

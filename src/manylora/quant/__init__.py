@@ -20,8 +20,8 @@ from manylora.types import Packed, PackFormat
 PACKINGS: Table[PackFormat] = Table(
     "storage format",
     {
-        "nf4": "manylora.quant.nf4:NF4",
-        "fp4": "manylora.quant.fp4:FP4",
+        "nf4": "manylora.quant.four_bit:NF4",
+        "fp4": "manylora.quant.four_bit:FP4",
         "int8": "manylora.quant.int8:INT8",
         "int4": "manylora.quant.int4:INT4",
     },

@@ -199,3 +199,16 @@ def _checked_block(block: Any, name: str) -> int:
 
 def _known_blocks() -> str:
     return ", ".join(map(str, BLOCKS))
+
+
+NF4 = FourBitFormat("nf4")
+"""Sixteen values that are quantiles of the normal distribution; bitsandbytes' bytes.
+
+Source: QLoRA (arXiv 2305.14314), section 3.
+"""
+
+FP4 = FourBitFormat("fp4")
+"""A small floating-point number (sign, two bits of exponent, one of fraction); bitsandbytes' bytes.
+
+Two codes stand for zero, so a dense weight packed again may take the other one; the values do not change.
+"""

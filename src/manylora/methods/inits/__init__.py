@@ -6,8 +6,8 @@ from manylora.table import Table
 INITS: Table[Init] = Table(
     "init",
     {
-        "default": "manylora.methods.inits.default:DEFAULT",
-        "gaussian": "manylora.methods.inits.gaussian:GAUSSIAN",
+        "default": "manylora.methods.inits.drawn:DEFAULT",
+        "gaussian": "manylora.methods.inits.drawn:GAUSSIAN",
         "pissa": "manylora.methods.inits.pissa:PISSA",
         "olora": "manylora.methods.inits.olora:OLORA",
         "loftq": "manylora.methods.inits.loftq:LOFTQ",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from manylora.errors import SpecError
-from manylora.methods.inits.default import default
+from manylora.methods.inits.drawn import default
 from manylora.methods.inits.init import Init, Start
 from manylora.methods.inits.svd import leading_factors
 from manylora.ops.dropout import mix, site_key

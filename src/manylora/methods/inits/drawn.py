@@ -1,4 +1,4 @@
-"""The start of the LoRA reference code: one factor random, the other zero, so that step 0 is the base itself."""
+"""Starts that are drawn: one factor random, the other zero, so that step 0 is the base itself."""
 
 from __future__ import annotations
 
@@ -23,4 +23,16 @@ def default(start: Start) -> tuple[Tensor, Tensor]:
     return a, torch.zeros(rows, start.rank)
 
 
+def gaussian(start: Start) -> tuple[Tensor, Tensor]:
+    """a (R, I) ~ N(0, 1/R^2) and b (O, R) = 0; for an embedding a = 0 and b ~ N(0, 1/R^2).
+
+    Source: PEFT, `init_lora_weights="gaussian"`.
+    """
+    (rows, columns), rank = start.site.out_in, start.rank
+    if start.site.kind == "embedding":
+        return torch.zeros(rank, columns), torch.randn(rows, rank, generator=start.generator) / rank
+    return torch.randn(rank, columns, generator=start.generator) / rank, torch.zeros(rows, rank)
+
+
 DEFAULT = Init(default)
+GAUSSIAN = Init(gaussian)
