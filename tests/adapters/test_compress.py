@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
+from manylora.adapters.compress import bits, spectrum, split
 from manylora.adapters.compress.balance import balanced
 from manylora.adapters.compress.compressed import compress
 from manylora.adapters.compress.file import COMPRESSED_FILE
 from manylora.adapters.compress.reduce import Recipe, reduced
 from manylora.adapters.compress.scheme import Part
-from manylora.adapters.compress.schemes import SCHEMES, bits, spectrum, split
+from manylora.adapters.compress.schemes import SCHEMES
 from manylora.errors import AdapterBroken, BaseMismatch, CompressRefused, ConfigError, OutputExists
 from manylora.ops.rounding import INT4, Grid, fake_quantised
 from manylora.spec import AdapterSpec
