@@ -1,4 +1,4 @@
-"""What every test shares: two threads, no network, a tiny random base, and where further data is found."""
+"""What every test shares: its threads, no network, a tiny random base, and where further data is found."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Threads that spin while they wait starve each other forty-fold when the machine is busy with something else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("MANYLORA_DEBUG", None)
+# Workers share the cores: one thread each, and in the processes that their tests start.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1))
 
 import pytest
+from guards import no_network, unwritten_is_nan
+from hypothesis import settings
+
+# By default fewer examples: `make test-all` takes them all.
+settings.register_profile("default", max_examples=50, deadline=None)
+settings.register_profile("all", deadline=None)
+settings.load_profile(os.environ.get("MANYLORA_HYPOTHESIS", "default"))
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,10 +43,25 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _threads() -> None:
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[None]:
+    with no_network():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
+    if any(request.node.get_closest_marker(name) for name in ("unwritten", "alone")):
+        yield
+        return
+    with unwritten_is_nan():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

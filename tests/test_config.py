@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +67,7 @@ VALUES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(VALUES)
 def test_a_written_configuration_loads_as_the_same_value(tmp_path_factory, values):
     config = load_config(values)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 import shlex
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,16 +32,21 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
-def manylora(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "manylora", *arguments],
-        cwd=folder,
-        input="/quit\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def manylora(arguments: list[str], folder: Path) -> Done:
+    """A command as it is typed in a folder, run in this process: most of the time of each would be its imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+        code = run(arguments)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +115,6 @@ def test_the_sweep_pages_commands_run(newcomer: Path, tmp_path: Path, monkeypatc
         words = shlex.split(line)[1:]
         added = FEW_TRIALS if words[0] == "sweep" else SMALL if "--find-lr" in words else []
         added = ["--max-new-tokens", "4"] if words[0] == "generate" else added
-        # In this process: five commands, and most of the time of each would be its imports.
         assert run(words + added) == 0, line
     for name in ("adapters/best", "leaderboard.csv", "report.html", "sweep.json", "events.jsonl", "optuna.log"):
         assert (tmp_path / "runs" / "sweep" / name).exists(), name

@@ -1,6 +1,6 @@
 """The shared vocabulary of the code: sites, factors, batches, and the protocols that tables fill.
 
-Nothing here imports another part of manylora but `spec`, so every layer of the house may import it.
+Nothing here imports another part of manylora but `spec` and `forwards`, so every layer of the house may import it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from manylora.forwards import brought_forward, own_forward
 
 if TYPE_CHECKING:
     from manylora.spec import AdapterSpec
@@ -32,16 +34,24 @@ class Site:
 
     `kind` is `linear` (weight (O, I)), `conv1d` (transformers' transposed linear, weight (I, O)), `embedding` (weight
     (V, D)) or `module` (anything else that owns parameters: a norm, a convolution; only a whole copy can adapt it).
-    `plain` says that the module's class is the textbook one, so its backward is known; a subclass with a forward of
-    its own is differentiated by autograd. `tied_to` names the site that owns the same weight and comes first.
+    `textbook` says that the module's class is the textbook one. `tied_to` names the site that owns the same weight and
+    comes first.
     """
 
     name: str
     kind: SiteKind
     module: nn.Module
-    plain: bool
+    textbook: bool
     is_head: bool = False
     tied_to: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the map is the textbook one, so that its backward is known: by its class, and nothing was put on it.
+
+        All else is differentiated by autograd.
+        """
+        return self.textbook and brought_forward(self.module) is None
 
     @property
     def packed(self) -> Packed | None:
@@ -84,8 +94,8 @@ class Site:
         return {"weight": self.weight().t() if self.kind == "conv1d" else self.weight()} | own
 
     def map(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's own output, by the module's own code."""
-        return type(self.module).forward(self.module, *args, **kwargs)
+        """The base's own output, by the module's own code and whatever it brought."""
+        return own_forward(self.module, *args, **kwargs)
 
     def num_parameters(self) -> int:
         """How many numbers the module owns, however they are stored."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -219,7 +220,7 @@ def test_more_bits_lose_less(adapter):
 
 
 @given(st.integers(1, 4).map(lambda power: 2 ** (power - 1)).filter(lambda size: size < 8), st.integers(1, 70))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_codes_come_back_from_their_bytes(num_bits, columns):
     codes = torch.randint(0, 2**num_bits, (3, columns), dtype=torch.uint8)
     packed = bits.to_bytes(codes, num_bits)

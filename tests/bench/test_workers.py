@@ -85,6 +85,7 @@ def test_a_step_counts_its_own_time_and_not_the_wait_for_its_turn(workers, scrip
         assert 0.1 <= worker.steps(2)["seconds"] < 0.5
 
 
+@pytest.mark.alone
 def test_the_peak_is_what_the_way_took_and_not_its_imports(workers, script: Path, tmp_path: Path) -> None:
     with workers.Worker(script, "count", settings(tmp_path, bytes=32 << 20)) as worker:
         first = worker.opened["peak_bytes"]

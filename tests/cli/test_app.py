@@ -106,10 +106,12 @@ def cpu_seconds(*words: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+@pytest.mark.alone
 def test_help_answers_in_under_0_3_s():
     assert min(cpu_seconds("-m", "manylora", "--help") for _ in range(3)) < 0.3
 
 
+@pytest.mark.alone
 def test_import_takes_under_half_a_second_and_brings_nothing_heavy():
     assert min(cpu_seconds("-c", "import manylora") for _ in range(3)) < 0.5
     code = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +196,35 @@ def seen_of(
     }
 
 
-@pytest.mark.parametrize("key", sorted(set(OTHER) - WHERE - OF_RAY))
-def test_a_key_changes_something(key: str, places: dict[str, Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def baseline(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """What is seen of a run or a sweep without the key; keys that show under the same further ones share it."""
+    seen: dict[str, dict[str, Any]] = {}
+
+    def of(beside: dict[str, Any], *, sweeps: bool) -> dict[str, Any]:
+        name = json.dumps([beside, sweeps])
+        if name not in seen:
+            folder = tmp_path_factory.mktemp("baseline")
+            seen[name] = seen_of(beside, places, folder / "without", sweeps=sweeps)
+        return seen[name]
+
+    return of
+
+
+# To compile takes minutes; tests/training/test_compiling.py shows in every run of the suite that it changes something.
+KEYS = [
+    pytest.param(key, marks=[pytest.mark.slow] if key == "train.compile" else [])
+    for key in sorted(set(OTHER) - WHERE - OF_RAY)
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_changes_something(
+    key: str, places: dict[str, Path], baseline: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     value, beside = OTHER[key]
     sweeps = key.startswith("sweep.")
-    without = seen_of(beside, places, tmp_path / "without", sweeps=sweeps)
+    without = baseline(beside, sweeps=sweeps)
     with_it = seen_of(beside | {key: value}, places, tmp_path / "with", sweeps=sweeps)
     assert key in SHOWN_BY_REFUSAL or not {"refused"} & (with_it.keys() | without.keys()), (with_it, without)
     if key in ("train.accumulate", "train.checkpointing", "train.compile"):

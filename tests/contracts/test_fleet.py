@@ -82,6 +82,19 @@ def made(name: str, make_examples: Callable[..., list]) -> Member:
     return own
 
 
+_ALONE: dict[tuple[str, torch.dtype], tuple[list[float], dict[str, torch.Tensor]]] = {}
+
+
+def alone(
+    name: str, dtype: torch.dtype, make_examples: Callable[..., list]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and factors of a member trained alone; once for each dtype."""
+    if (name, dtype) not in _ALONE:
+        run = Running(wide_base(dtype), [made(name, make_examples)], dtype).run()
+        _ALONE[name, dtype] = run.recorder.losses(name), run.final(name)
+    return _ALONE[name, dtype]
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("budget_tokens", [None, 96])
 def test_every_member_equals_itself_alone_over_a_hundred_steps(dtype, tolerance, budget_tokens, make_examples) -> None:
@@ -98,11 +111,10 @@ def test_every_member_equals_itself_alone_over_a_hundred_steps(dtype, tolerance,
     for name in KINDS:
         if name == "broken":
             continue
-        alone = Running(wide_base(dtype), [made(name, make_examples)], dtype).run()
-        losses = alone.recorder.losses(name)
+        losses, final = alone(name, dtype, make_examples)
         assert len(losses) == KINDS[name]["total_steps"]
         assert together.recorder.losses(name) == pytest.approx(losses, rel=tolerance)
-        for key, value in alone.final(name).items():
+        for key, value in final.items():
             assert (together.final(name)[key] - value).norm() <= tolerance * value.norm(), (name, key)
 
 

@@ -138,7 +138,7 @@ def test_out_of_memory_names_what_to_change(error, make_base, make_examples, mon
     def out_of_memory(*_: object) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(step_module, "_added", out_of_memory)
+    monkeypatch.setattr(step_module, "add_gradients", out_of_memory)
     run = Running(make_base(), [member("m", make_examples(30), spec=SPEC)], torch.float32)
     with pytest.raises(OutOfMemory, match=r"does not hold 1 row of \d+ tokens at once") as caught:
         run.run()

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from drawn import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -248,7 +249,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6), name=st.sampled_from(list(FORMATS)))
 def test_a_row_of_any_values_is_shown_or_refused_and_breaks_nothing(row, name, make_tokenizer):
     chosen, rules = FORMATS.get(name), _rules(make_tokenizer)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from drawn import examples
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -266,7 +267,7 @@ REASONS = {"unstable template", "end token inside", "template refuses", "templat
 
 
 @pytest.mark.parametrize("name", STYLES)
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow])
 @given(talk=TALKS, turns=st.sampled_from(["all", "last"]))
 @example(talk=(None, [("\u2581", "\nIt is 4.")]), turns="all")
 def test_any_conversation_is_refused_with_a_reason_or_learned_exactly(name, talk, turns):

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from drawn import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -90,7 +91,7 @@ def test_values_and_gradients_are_those_of_the_reference(name, causal):
     assert_same(results(attention, parts, layout), results(reference, parts, layout), 1e-10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 90), max_size=5), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1), (3, 1), (4, 2), (2, 2)]),
@@ -240,7 +241,7 @@ def test_many_lengths_make_few_groups_and_hold_each_token_once():
     assert tokens.tolist() == real
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 12), max_size=4), min_size=1, max_size=3),
     causal=st.booleans(),

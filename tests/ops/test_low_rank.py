@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ def results(run: Any, x: Tensor, stacks: list[Stack], weight: Tensor) -> list[Te
     return [y.detach(), *(torch.zeros_like(own) if g is None else g for own, g in zip(leaves, found, strict=True))]
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(routes(), st.booleans())
 def test_any_route_gives_what_autograd_gives(route: tuple, with_base: bool) -> None:
     found, rows = route
@@ -163,7 +164,7 @@ def neighbours(draw: Any) -> list[list[Kind]]:
     return sites
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     neighbours(), st.lists(st.tuples(st.integers(-1, 1), st.integers(0, 2), st.integers(0, 20)), min_size=1, max_size=8)
 )
@@ -215,7 +216,7 @@ def test_what_factors_are_cast_to_is_kept_where_it_is_smaller(dtype: torch.dtype
     y.sum().backward()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(routes())
 def test_blocks_hold_each_item_of_a_segment_once(route: tuple) -> None:
     found, rows = route

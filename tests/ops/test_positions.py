@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -56,7 +57,7 @@ def with_backward(fn, hidden: Tensor, upstream: Tensor, *given) -> tuple[Tensor,
     return values.detach(), hidden.grad
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     count=st.integers(0, 30),
     vocabulary=st.integers(1, 200),

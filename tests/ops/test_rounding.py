@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from manylora.ops.rounding import GRIDS, INT8, Grid, fake_quantised, straight_th
 GRID_OF = {**GRIDS, "three bits, groups of 5": Grid(largest=3, group=5)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     name=st.sampled_from(sorted(GRID_OF)),
     columns=st.integers(1, 150),
@@ -33,7 +34,7 @@ def test_no_number_moves_by_more_than_half_a_step(name, columns, exponent, seed,
     assert bool((apart <= 1.0 / (2.0 * inverse_step) * (1 + 2.0**-22 * 2 * grid.largest)).all())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(name=st.sampled_from(sorted(GRID_OF)), columns=st.integers(1, 150), seed=st.integers(0, 2**31))
 def test_numbers_on_a_grid_are_found_on_the_same_grid_again(name, columns, seed):
     grid = GRID_OF[name]

@@ -7,6 +7,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from drawn import examples
 from hypothesis import given, settings
 
 from manylora import quant
@@ -36,7 +37,7 @@ def spread(scales: torch.Tensor, block: int, columns: int) -> torch.Tensor:
     return scales.double().repeat_interleave(block, dim=1)[:, :columns]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(weights(), st.sampled_from([None, 1, 7, 32, 200]))
 def test_int8_is_within_half_a_step(weight: torch.Tensor, block: int | None) -> None:
     packed = quant.pack(weight, "int8", block=block)
@@ -51,7 +52,7 @@ def test_int8_is_within_half_a_step(weight: torch.Tensor, block: int | None) -> 
     assert ((dense - codes / s).abs() <= 2.0**-24 * dense.abs() + 2.0**-149).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(weights(), st.sampled_from([1, 7, 32, 128]), st.booleans())
 def test_int4_is_within_half_a_step(weight: torch.Tensor, block: int, symmetric: bool) -> None:
     packed = quant.pack(weight, "int4", block=block, symmetric=symmetric)

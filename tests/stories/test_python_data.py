@@ -113,10 +113,10 @@ def test_a_module_is_killed_and_resumed_to_the_same_factors(module_settings, tmp
     ran = at_once.train_step
     calls = iter(range(100))
 
-    def dies(*args):
+    def dies(*args, **more):
         if next(calls) == 30:
             raise SystemExit
-        return ran(*args)
+        return ran(*args, **more)
 
     monkeypatch.setattr(at_once, "train_step", dies)
     with pytest.raises(SystemExit):

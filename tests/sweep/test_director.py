@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -151,7 +152,7 @@ def test_every_rule_ends_every_trial_and_finds_the_best(stop: str, slots: int) -
         assert best.values == {"train.learning_rate": RATES[4]}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     stop=st.sampled_from(sorted(RULES)),
     slots=st.integers(1, 5),

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -249,7 +250,7 @@ def outcomes(simulation: Simulation) -> set[tuple[Any, ...]]:
     return {(entry.trial, entry.state, entry.tokens, entry.loss) for entry in simulation.director.entries()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     stop=st.sampled_from(sorted(RULES)),
     repeats=st.sampled_from([1, 2]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +57,7 @@ yaml_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(yaml_values, min_size=1, max_size=6))
 def test_choices_of_any_kind_come_back_as_the_very_same_values(written: list[Any]) -> None:
     different = [value for index, value in enumerate(written) if not any(equal(value, v) for v in written[:index])]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pytest
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -229,7 +230,7 @@ def test_the_best_survives_noise_as_often_as_theory_says(name: str, gap: float) 
     assert abs(survived / rounds - expected) < 3.5 * deviation
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(1, 30), st.integers(2, 4), st.integers(1, 30), st.integers(0, 10**6))
 def test_the_best_of_curves_that_never_cross_always_survives(
     num_trials: int, reduction: int, concurrent: int, seed: int
@@ -346,7 +347,7 @@ def test_asha_at_its_end_judges_no_level_that_others_were_just_let_into() -> Non
     assert rule.finish() == {2: "go", 3: "go"}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(loss_tables, st.integers(2, 4), st.none() | st.floats(0.01, 0.9))
 def test_asha_equals_halving_when_each_level_reports_together(
     losses: list[list[float]], reduction: int, first: float | None
@@ -389,7 +390,7 @@ class PlainAsha:
         return made
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(sweeps)
 def test_asha_promotes_whom_the_paper_promotes_and_no_other(drawn: tuple) -> None:
     losses, reduction, concurrent, seed, _ = drawn
@@ -449,14 +450,14 @@ def test_the_median_rule_never_lets_anyone_wait() -> None:
 
 
 @pytest.mark.parametrize("name", JUDGING)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(drawn=sweeps)
 def test_the_order_of_reports_inside_a_tick_does_not_matter(name: str, drawn: tuple) -> None:
     assert sweep_of(name, drawn).run().groups == sweep_of(name, drawn, shuffle=True).run().groups
 
 
 @pytest.mark.parametrize("name", JUDGING)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(drawn=sweeps, cut=st.integers(0, 200))
 def test_a_replay_gives_the_same_verdicts(name: str, drawn: tuple, cut: int) -> None:
     sweep = sweep_of(name, drawn).run()
@@ -477,7 +478,7 @@ def test_a_replay_gives_the_same_verdicts(name: str, drawn: tuple, cut: int) -> 
 
 
 @pytest.mark.parametrize("name", JUDGING)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(drawn=sweeps)
 def test_every_trial_ends_with_a_word_and_the_dead_never_go_on(name: str, drawn: tuple) -> None:
     sweep = sweep_of(name, drawn).run()

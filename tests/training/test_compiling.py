@@ -60,7 +60,7 @@ def assert_like(found: dict[str, Tensor], plain: dict[str, Tensor], tolerance: f
         assert (found[name] - value)[known].norm() <= tolerance * value[known].norm(), name
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_layers_as_they_are(kind: str) -> None:
     """Dropout of 0.1 and 0.2, ragged rows, three ranks, trained norms, rows of the bare base; also rows few or many,
     and members that come while it is open."""
@@ -116,6 +116,7 @@ def test_layers_that_are_compiled_are_computed_again_too() -> None:
         assert_like(taken(base, batch, OBJECTIVES), plain, 0.0)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_unpacked_by_its_own_code(tiny_base_folder) -> None:
     base = load_base(str(tiny_base_folder), dtype="float32", quantize="nf4")
     batch = ragged_batch(base)

@@ -41,6 +41,7 @@ def run(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return found.summary, told.getvalue().splitlines()
 
 
+@pytest.mark.alone
 def test_the_log_says_before_step_1_what_the_summary_compares_with_the_peak(tmp_path: Path) -> None:
     summary, lines = run(tmp_path / "run")
     place = next(index for index, line in enumerate(lines) if "expected peak memory" in line)

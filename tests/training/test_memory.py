@@ -22,6 +22,18 @@ from manylora.planning.planner import CATEGORIES, Planner
 GB = 10**9
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="module")
+def planned(folder):
+    """A planner of the builtin base, made once, and the plan of the configuration as it is."""
+    planner = Planner(config_of(folder), Device("cpu", "cpu", 8 * GB, 1e11, 1e10, "of a test"))
+    return planner, planner.plan(config_of(folder))
+
+
 def config_of(tmp_path, **overrides):
     rows = tmp_path / "rows.jsonl"
     if not rows.exists():
@@ -129,10 +141,9 @@ def test_a_hollow_base_is_found_to_behave_as_the_real_one(tmp_path):
     assert max(stored) < 100_000
 
 
-def test_weights_adapters_and_states_are_counted_to_the_byte(tmp_path, device):
+def test_weights_adapters_and_states_are_counted_to_the_byte(planned):
     base = load_base("builtin:tiny-en")
-    config = config_of(tmp_path)
-    plan = Planner(config, device).plan(config)
+    _, plan = planned
     weights = {id(parameter): parameter.nbytes for parameter in base.model.parameters()}
     assert plan.categories["weights"] == sum(weights.values())
     # A fresh adapter and its place in the bank; two states as large.
@@ -146,19 +157,17 @@ def test_weights_adapters_and_states_are_counted_to_the_byte(tmp_path, device):
     ("key", "value"),
     [("train.accumulate", 4), ("train.rows_per_step", 1), ("train.row_tokens", 32), ("train.checkpointing", "full")],
 )
-def test_less_at_once_is_planned_to_take_less(tmp_path, device, key, value):
-    config = config_of(tmp_path)
-    planner = Planner(config, device)
-    whole, less = planner.plan(config), planner.plan(config_of(tmp_path, **{key: value}))
+def test_less_at_once_is_planned_to_take_less(planned, folder, key, value):
+    planner, whole = planned
+    less = planner.plan(config_of(folder, **{key: value}))
     held = [plan.categories["activations"] + plan.categories["loss"] for plan in (less, whole)]
     assert held[0] < held[1]
     assert less.total_bytes < whole.total_bytes
 
 
-def test_a_packed_base_is_planned_by_the_bytes_of_its_codes(tmp_path, device):
-    config = config_of(tmp_path)
-    planner = Planner(config, device)
-    dense, packed = (planner.plan(config.model_copy(update={"quantize": q})) for q in (None, "nf4"))
+def test_a_packed_base_is_planned_by_the_bytes_of_its_codes(planned, folder):
+    planner, dense = planned
+    packed = planner.plan(config_of(folder).model_copy(update={"quantize": "nf4"}))
     assert packed.categories["weights"] < 0.6 * dense.categories["weights"]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ def test_fifty_steps_equal_torchs_for_each_slot(name: str, chosen: tuple[dict, .
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.lists(st.sets(st.integers(0, 2)), min_size=1, max_size=5))
 def test_slots_that_are_stepped_at_different_times_are_as_if_alone(name: str, steps: list[set[int]]) -> None:
     """Some slots step, others wait: each has the numbers of a bank in which it is the only one that ever moves."""

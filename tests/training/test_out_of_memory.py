@@ -90,9 +90,17 @@ def trained(count: int, limit: int | None = None, **more: Any) -> tuple[Running,
     return Running(base, members(count), torch.float64).run(), held
 
 
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("count", "late", "error"),
+    [(1, False, "cpu"), (1, True, "cuda"), (1, False, "python"), (3, True, "cpu")]
+    + [
+        pytest.param(count, late, error, marks=pytest.mark.slow)
+        for count in (1, 3)
+        for late in (False, True)
+        for error in ERRORS
+        if (count, late, error) not in [(1, False, "cpu"), (1, True, "cuda"), (1, False, "python"), (3, True, "cpu")]
+    ],
+)
 def test_a_step_that_is_too_large_goes_on_in_smaller_forwards(count: int, late: bool, error: str) -> None:
     plain, _ = trained(count)
     limited, limit = trained(count, 40, error=error, late=late)

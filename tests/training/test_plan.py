@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,14 +70,14 @@ def test_every_row_is_dealt_once_and_no_batch_breaks_a_rule(steps, budget, fixed
 
 
 @given(st.lists(st.lists(WIDTHS, min_size=1, max_size=3), min_size=1, max_size=3), BUDGETS, FIXED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_no_division_is_cheaper_where_nobody_accumulates(rows, budget, fixed):
     steps = [Step(tuple(widths)) for widths in rows][: 3 if sum(map(len, rows)) < 8 else 2]
     assert cost(steps, deal(steps, budget, fixed_tokens=fixed), fixed) == least_cost(steps, budget, fixed)
 
 
 @given(st.lists(WIDTHS, min_size=1, max_size=7), st.integers(1, 7), BUDGETS, FIXED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_no_division_is_cheaper_for_one_member_that_accumulates(widths, parts, budget, fixed):
     steps = [Step(tuple(widths), parts)]
     assert cost(steps, deal(steps, budget, fixed_tokens=fixed), fixed) == least_cost(steps, budget, fixed)
@@ -136,6 +137,7 @@ def test_a_step_that_cannot_be_is_refused(widths, parts):
         Step(widths, parts)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("budget", [None, 2048])
 def test_a_large_fleet_is_dealt_in_milliseconds(budget):
     draw = random.Random(0)

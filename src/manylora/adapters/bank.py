@@ -18,6 +18,7 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.receipt import check_base
 from manylora.base.frozen import FrozenModel
 from manylora.errors import AdapterBroken, BaseMismatch, RouteError, SpecError, nearest_names
+from manylora.forwards import Level, place_stand_in
 from manylora.memory.allocator import lying_apart
 from manylora.methods import METHODS
 from manylora.types import Factors, Method, Runs, Segment, Site, Stack, Use
@@ -108,8 +109,9 @@ class Bank:
         self._ahead: _Ahead | None = None
         self._proven: set[str] | None = None
         base.bank = self
-        for site in base.sites.values():
-            site.module.forward = _SiteForward(self, site)
+        self._stand_ins = [
+            place_stand_in(site.module, _SiteForward(self, site), Level.SITE) for site in base.sites.values()
+        ]
         if num_slots > 1 and base.example is not None:
             self.prove()
 
@@ -121,8 +123,8 @@ class Bank:
 
     def close(self) -> None:
         """Give the base back as it was."""
-        for site in self.base.sites.values():
-            site.module.__dict__.pop("forward", None)
+        for stand_in in self._stand_ins:
+            stand_in.remove()
         self.base.bank = None
 
     # -- slots ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,1 @@
 """The frozen base: loading it, its sites, and what is probed before anyone trains on it."""
-
-from manylora.base.frozen import FrozenModel
-
-__all__ = ["FrozenModel"]

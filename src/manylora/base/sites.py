@@ -39,14 +39,14 @@ def find_sites(model: nn.Module, head: nn.Module | None = None) -> dict[str, Sit
         own = dict(module.named_parameters(recurse=False))
         if not own and not isinstance(module, PackedLinear):
             continue
-        kind, plain = _kind(module)
+        kind, textbook = _kind(module)
         weight = own.get("weight")
         tied_to = owners.setdefault(id(weight), name) if weight is not None else name
         sites[name] = Site(
             name=name,
             kind=kind,
             module=module,
-            plain=plain,
+            textbook=textbook,
             is_head=module is head,
             tied_to=None if tied_to == name else tied_to,
         )

@@ -5,13 +5,13 @@ Used for heads (PEFT's `modules_to_save`) and, on every site, for full fine-tuni
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from manylora.forwards import run_with
 from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, SiteKind, Use
 
@@ -73,19 +73,10 @@ class Full:
     @staticmethod
     def _apply(x: Tensor, site: Site, use: Use, place: int, extra: tuple[tuple, dict]) -> Tensor:
         """The module's own forward with the slot's parameters in place of the frozen ones."""
-        module: Any = site.module
-        bare: nn.Module = _bare(module) if site.packed is None else module.twin()
-        own = dict(bare.named_parameters(recurse=False))
+        module: Any = site.module if site.packed is None else site.module.twin()  # pyright: ignore[reportCallIssue]
+        own = dict(module.named_parameters(recurse=False))
         cast = {name: tensor[place].to(own[name].dtype) for name, tensor in use.stack.tensors.items()}
-        return torch.func.functional_call(bare, cast, (x, *extra[0]), extra[1])
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    """A shallow twin of a module that runs the class's own forward, whatever a bank has installed on the original."""
-    twin = copy.copy(module)
-    twin.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
-    twin.__dict__["_parameters"] = dict(module._parameters)
-    return twin
+        return run_with(module, cast, x, *extra[0], **extra[1])
 
 
 FULL = Full()

@@ -15,6 +15,7 @@ from manylora.base.language import LanguageBase
 from manylora.base.layers import repeated_layers
 from manylora.base.load import check_quantize, choose_dtype, find_base, load_base, load_tokenizer
 from manylora.base.skeleton import NotOneToOne, Skeleton
+from manylora.forwards import Level, StandIn, place_stand_in
 from manylora.memory.hollow import HollowBase
 from manylora.tasks import TASKS
 
@@ -69,7 +70,7 @@ def _few_layers(model: nn.Module) -> Iterator[None]:
     """Within it most of the repeated layers hand their input on, so that a probe costs little whatever the depth."""
     sites = [name for name, module in model.named_modules() if module._parameters]
     seen: set[Any] = set()
-    passing: list[nn.Module] = []
+    passing: list[StandIn] = []
     kinds: dict[type, bool] = {}
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -82,16 +83,14 @@ def _few_layers(model: nn.Module) -> Iterator[None]:
             seen.add(kind)
             handles.append(layer.module.register_forward_hook(note))
             continue
-        passing.append(layer.module)
-        layer.module.__dict__["forward"] = _Pass(type(layer.module), kinds)
+        passing.append(place_stand_in(layer.module, _Pass(type(layer.module), kinds), Level.LAYER))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in passing:
-            if isinstance(module.__dict__.get("forward"), _Pass):
-                del module.__dict__["forward"]
+        for stand_in in passing:
+            stand_in.remove()
 
 
 class _Pass:

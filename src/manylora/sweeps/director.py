@@ -53,7 +53,7 @@ class _Trial:
 
 
 class Director:
-    """A source of members (`training.source.Source`) that searches.
+    """A source of members (`training.orders.Source`) that searches.
 
     `journal` is what it was told; `restore` replays one. `full_tokens` is what a trial trains to its end.
     """

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from manylora.base.frozen import FrozenModel
 from manylora.base.layers import Layer, repeated_layers
 from manylora.errors import ConfigError
+from manylora.forwards import Level, StandIn, place_stand_in
 from manylora.training.recompute import Products, recomputed
 
 Mode = Literal["none", "selective", "full"]
@@ -39,6 +40,7 @@ class Checkpointing:
         self.modes = modes
         self.layers = repeated_layers(base.model, base.sites)
         self.mode: Mode = "none"
+        self._stand_ins: list[StandIn] = []
         self.set(mode)
 
     def set(self, mode: Mode) -> None:
@@ -62,14 +64,15 @@ class Checkpointing:
     def install(self) -> None:
         """Put every layer but the last under this object; `remove` takes them out again."""
         for layer in self.layers[:-1]:
-            layer.module.__dict__["forward"] = _LayerForward(self, layer)
+            forward = _LayerForward(self, layer)
+            forward.stand_in = place_stand_in(layer.module, forward, Level.RECOMPUTED)
+            self._stand_ins.append(forward.stand_in)
 
     def remove(self) -> None:
         """Give the base back as it was."""
-        for layer in self.layers[:-1]:
-            installed = layer.module.__dict__.pop("forward", None)
-            if isinstance(installed, _LayerForward) and installed.before is not None:
-                layer.module.__dict__["forward"] = installed.before
+        for stand_in in self._stand_ins:
+            stand_in.remove()
+        self._stand_ins.clear()
 
 
 @contextmanager
@@ -93,21 +96,18 @@ class _LayerForward:
     def __init__(self, owner: Checkpointing, layer: Layer):
         self.owner = owner
         self.module = layer.module
-        self.before = layer.module.__dict__.get("forward")
+        self.stand_in: StandIn
         sites = {name: owner.base.sites[name] for name in layer.sites}
         self.sites = tuple(sites.values())
         linear = [site.module for site in self.sites if site.plain and site.kind in ("linear", "conv1d")]
         self.products = Products(tuple(linear))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.before or self._own
+        run = self.stand_in.beneath
         if self.owner.mode == "none" or not torch.is_grad_enabled() or not self._has_gradient(args, kwargs):
             return run(*args, **kwargs)
         products = self.products if self.owner.mode == "selective" else None
         return recomputed(run, args, kwargs, around=self._route(), products=products)
-
-    def _own(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
 
     def _has_gradient(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a backward comes by here at all: below the first adapted site nothing is kept, inputs neither."""

@@ -20,6 +20,7 @@ from manylora.base.fast.attention import opaque_attention
 from manylora.base.frozen import FrozenModel
 from manylora.base.layers import Layer, repeated_layers
 from manylora.errors import ConfigError
+from manylora.forwards import Level, StandIn, brought_forward, place_stand_in
 from manylora.memory.allocator import freed_memory_kept
 from manylora.training.checkpointing import Mode, checkpointed
 from manylora.training.step import ForwardTooLarge, micro_batches, probe_step
@@ -166,39 +167,38 @@ class _CompiledForward:
     def __init__(self, base: FrozenModel, layer: Layer):
         self.base = base
         self.module: Any = layer.module
-        assert "forward" not in self.module.__dict__, "layers are compiled before they are checkpointed"
         self.run = _compile(type(self.module).forward)
-        self.sites = [base.sites[name] for name in layer.sites if "forward" in base.sites[name].module.__dict__]
-        self.own = {site.name: site.module.__dict__["forward"] for site in self.sites}
-        self.hidden = {name: _opaque(own) for name, own in self.own.items()}
+        self.sites = [base.sites[name] for name in layer.sites]
+        self._placed: list[StandIn] = []
+        self._by_site: dict[str, tuple[StandIn, Callable[..., Any]]] = {}
 
     def __enter__(self) -> None:
-        self.module.__dict__["forward"] = self
+        # A layer that brought a forward of its own runs that, and is not compiled.
+        if brought_forward(self.module) is not None:
+            return
+        self._placed.append(place_stand_in(self.module, self, Level.LAYER))
+        for site in self.sites:
+            stand_in = place_stand_in(site.module, None, Level.LAYER)
+            self._placed.append(stand_in)
+            self._by_site[site.name] = stand_in, _opaque(stand_in)
 
     def __exit__(self, *exception: object) -> None:
-        self._put(lambda site: self.own[site.name])
-        del self.module.__dict__["forward"]
+        for stand_in in self._placed:
+            stand_in.remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            self._put(lambda site: self.own[site.name])
+            for stand_in, _ in self._by_site.values():
+                stand_in.show(stand_in)
             return type(self.module).forward(self.module, *args, **kwargs)
-        self._put(self._compiled)
+        for site in self.sites:
+            stand_in, hidden = self._by_site[site.name]
+            stand_in.show(None if self._is_compiled(site) else hidden)
         return self.run(self.module, *args, **kwargs)
 
-    def _compiled(self, site: Site) -> Callable[..., Any] | None:
-        """What a site runs inside of a compiled layer; None: its module's own code, which is compiled too."""
-        if site.packed is None and not self.base.bank.adapts(site):
-            return None
-        return self.hidden[site.name]
-
-    def _put(self, choose: Callable[[Site], Callable[..., Any] | None]) -> None:
-        for site in self.sites:
-            chosen, held = choose(site), site.module.__dict__
-            if chosen is None:
-                held.pop("forward", None)
-            elif held.get("forward") is not chosen:
-                held["forward"] = chosen
+    def _is_compiled(self, site: Site) -> bool:
+        """Whether a site's own code is compiled with its layer: nobody adapts it."""
+        return site.packed is None and brought_forward(site.module) is None and not self.base.bank.adapts(site)
 
 
 @cache

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from manylora.forwards import Level, standing_in
 from manylora.ops.attention import attention
 
 WEIGHTED = {functional.linear, functional.conv1d, functional.conv2d, functional.conv3d, torch.addmm, torch.mm,
@@ -271,13 +272,5 @@ def _adds_up(left: Tensor, right: Tensor, **_: Any) -> bool:
 @contextmanager
 def _forward_of(module: nn.Module, once: Callable[..., Tensor]) -> Iterator[None]:
     """A module whose forward is called through `once`."""
-    before = module.__dict__.get("forward")
-    inner = before or partial(type(module).forward, module)
-    module.__dict__["forward"] = partial(once, inner)
-    try:
+    with standing_in(module, lambda *args, **kwargs: once(entry.beneath, *args, **kwargs), Level.PRODUCT) as entry:
         yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from manylora.adapters.merge.storage import Storage
 from manylora.adapters.merge.weights import Weights
 from manylora.base.frozen import FrozenModel
 from manylora.base.language import LanguageBase
+from manylora.forwards import Level, run_with
+from manylora.forwards import standing_in as stand_in_for
 from manylora.types import Batch, Site
 
 Parameters = Callable[[Site], Mapping[str, Tensor]]
@@ -104,16 +105,13 @@ def difference(truth: Tensor, other: Tensor) -> Difference:
 @contextmanager
 def standing_in(base: FrozenModel, parameters: Parameters) -> Iterator[None]:
     """Within it every site computes with the parameters that are given for it; the base's own are not touched."""
-    for site in base.sites.values():
-        site.module.forward = _StandIn(site, parameters)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for site in base.sites.values():
-            site.module.__dict__.pop("forward", None)
+            stack.enter_context(stand_in_for(site.module, _OtherParameters(site, parameters), Level.SITE))
+        yield
 
 
-class _StandIn:
+class _OtherParameters:
     """A site's own code with other parameters, which are dropped again after the call."""
 
     def __init__(self, site: Site, parameters: Parameters):
@@ -132,11 +130,6 @@ class _StandIn:
             dense = given["weight"].t() if site.kind == "conv1d" else given["weight"]
             return module.product(x, dense.to(x.device, x.dtype), None if bias is None else bias.to(x.device, x.dtype))
         own = dict(module.named_parameters(recurse=False))
-        twin = copy.copy(module)
-        twin.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
-        twin.__dict__["_parameters"] = dict(module._parameters) | {
-            name: torch.nn.Parameter(value.to(own[name].device, own[name].dtype), requires_grad=False)
-            for name, value in given.items()
-        }
-        made: Tensor = type(module).forward(twin, *args, **kwargs)
+        moved = {name: value.to(own[name].device, own[name].dtype) for name, value in given.items()}
+        made: Tensor = run_with(module, moved, *args, **kwargs)
         return made

@@ -63,7 +63,7 @@ class Shelf(Protocol):
 
 
 class Log(Protocol):
-    """The part of `training.events.EventLog` that taking members back needs."""
+    """The part of `runs.events.EventLog` that taking members back needs."""
 
     def drop_after(self, steps: Mapping[str, int]) -> int: ...
 
