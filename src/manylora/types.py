@@ -1,6 +1,7 @@
 """The shared vocabulary of the code: sites, factors, batches, and the protocols that tables fill.
 
-Nothing here imports another part of manylora but `spec` and `forwards`, so every layer of the house may import it.
+Nothing here imports another part of manylora but `spec`, `errors` and `forwards`, so every layer of the house may
+import it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from manylora.errors import RouteError
 from manylora.forwards import brought_forward, own_forward
 
 if TYPE_CHECKING:
@@ -62,11 +64,20 @@ class Site:
         """The frozen weight as (out, in): (O, I) of a linear map, (D, V) of an embedding. A view where it can be.
 
         A packed weight is unpacked at each call and nothing is kept. `dtype` None: the base's own.
+
+        Raises:
+            RouteError: somebody has taken the weight out of memory.
         """
         if self.packed is not None:
             module: Any = self.module
             return self.packed.dense(dtype or module.compute_dtype)
         weight = self.module.get_parameter("weight").detach()
+        if weight.is_meta:
+            raise RouteError(
+                f"the weight of {self.name!r} is not in memory while it is needed",
+                allowed="weights that stay, or that a forward of the module's own brings (accelerate's hooks)",
+                next_step="load the base without offloading, or in fewer bits (quantize: nf4)",
+            )
         weight = weight if dtype is None else weight.to(dtype)
         return weight.t() if self.kind in ("conv1d", "embedding") else weight
 

@@ -22,6 +22,8 @@ from manylora.base.fast.forms import GateForm, NormForm, Rotation, find_gate, fi
 
 FORM = "_manylora_form"
 """The attribute of a switched module that holds what it was found to compute."""
+PLAIN = "_manylora_plain_class"
+"""The attribute of a switched module's class that holds the class it had."""
 ROTARY = "apply_rotary_pos_emb"
 """The name by which the attention of transformers' models calls its rotation, a function of the modelling module."""
 
@@ -85,8 +87,10 @@ def _tried(chosen: list[_Found], run: Callable[[], Tensor], before: Tensor, dtyp
 
 def _restore(chosen: list[_Found]) -> None:
     for each in chosen:
-        each.module.__class__ = type(each.module).__mro__[1]
-        del each.module.__dict__[FORM]
+        each.module.__dict__.pop(FORM, None)
+        # Somebody else may have put a class above ours since: without its form, ours computes as its own does.
+        if vars(type(each.module)).get(PLAIN) is not None:
+            each.module.__class__ = vars(type(each.module))[PLAIN]
 
 
 def _find(model: nn.Module, dtype: torch.dtype) -> Iterator[_Found]:
@@ -137,7 +141,8 @@ def _rotation_of(cls: type[nn.Module]) -> Callable[..., Any] | None:
 def _switched(cls: Any, rotation: Rotation | None) -> type[nn.Module]:
     """A subclass that computes the instance's form; of attention, one whose forward finds another rotation.
 
-    The forward of attention is the same code with globals of its own, in which that name means the rotation.
+    The forward of attention is the same code with globals of its own, in which that name means the rotation; all other
+    names mean what they mean in the model's module at the time of the call.
     """
     own: Any = cls.forward
     if rotation is None:
@@ -145,19 +150,29 @@ def _switched(cls: Any, rotation: Rotation | None) -> type[nn.Module]:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if len(args) + len(kwargs) == 1 and not torch.compiler.is_compiling():
                 (x,) = (*args, *kwargs.values())
-                made = self.__dict__[FORM](self, x) if isinstance(x, Tensor) else None
+                form = self.__dict__.get(FORM)
+                made = form(self, x) if form is not None and isinstance(x, Tensor) else None
                 if made is not None:
                     return made
             return own(self, *args, **kwargs)
     else:
-        forward = FunctionType(
-            own.__code__, {**own.__globals__, ROTARY: rotation}, own.__name__, own.__defaults__, own.__closure__
-        )
-        forward.__kwdefaults__ = own.__kwdefaults__
+        names = dict(own.__globals__)
+        recognised = names[ROTARY]
+        turned = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+        turned.__kwdefaults__ = own.__kwdefaults__
+        names[ROTARY] = rotation
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                # A user may have patched the model's module since, its rotation too: then theirs is taken.
+                names.update(own.__globals__)
+                if names[ROTARY] is recognised and FORM in self.__dict__:
+                    names[ROTARY] = rotation
+            return turned(self, *args, **kwargs)
 
     # The signature stays the class's own: a bank asks it for the name of the input.
     forward = functools.wraps(own)(forward)
-    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, PLAIN: cls}
     return type(cls.__name__, (cls,), {**named, "forward": forward, "__copy__": _twin, "__reduce_ex__": _reduced})
 
 
@@ -170,7 +185,7 @@ def _twin(module: Any) -> Any:
 
 def _reduced(module: Any, protocol: Any) -> Any:
     """What is pickled or copied with its parameters is of its own class again: only that has a name to be found by."""
-    return _plain, (type(module).__mro__[1],), {key: value for key, value in vars(module).items() if key != FORM}
+    return _plain, (getattr(type(module), PLAIN),), {key: value for key, value in vars(module).items() if key != FORM}
 
 
 def _plain(cls: type[nn.Module]) -> nn.Module:
