@@ -32,6 +32,7 @@ from manylora.config_values import (
     alone,
     count_or_auto,
     device_name,
+    dtype_name,
     fold_part,
     in_table,
     or_none,
@@ -343,7 +344,7 @@ class Config(Section):
     """A run: everything but `base`, `data.train` and `output` has a default."""
 
     base: str = Field(min_length=1, description="builtin:tiny-en, a Hugging Face folder, or a hub id")
-    dtype: Literal["bfloat16", "float16", "float32", "float64"] = Field(
+    dtype: Annotated[Literal["bfloat16", "float16", "float32", "float64"], BeforeValidator(dtype_name)] = Field(
         default="bfloat16", description="of the frozen base"
     )
     device: Annotated[str, AfterValidator(device_name)] = Field(

@@ -28,6 +28,11 @@ TABLES = MappingProxyType(
 )
 
 
+def dtype_name(value: Any) -> Any:
+    """The name of a dtype of torch, as people pass it in Python; anything else as it is."""
+    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
+
+
 def in_table(kind: str, *, besides: Sequence[str] = ()) -> AfterValidator:
     """A check that a name is in the table of its kind, or one of `besides`."""
 

@@ -125,4 +125,4 @@ class DiskFull(ManyloraError, OSError):
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Up to `count` known names that look most like `name`, best first."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return difflib.get_close_matches(str(name), [str(one) for one in known], n=count, cutoff=0.5)

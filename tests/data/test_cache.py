@@ -210,3 +210,32 @@ def test_a_prompt_on_both_sides_is_said(write, tokenizer):
     assert "1 of 2 held-out examples" in line
     assert "eval.jsonl:2" in line
     assert overlap(train, both[:1]) == []
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault(file, tokenizer, folder, monkeypatch):
+    """The folder is there, and nothing can be put into it: as root may write anywhere, the refusal is played."""
+    folder.mkdir(parents=True)
+    real = cache.Scratch
+
+    def refused(root=None):
+        if root is not None:
+            raise PermissionError(13, "Permission denied", str(root))
+        return real()
+
+    monkeypatch.setattr(cache, "Scratch", refused)
+    first, again = load(file, tokenizer), load(file, tokenizer)
+    assert not again.parts[0].from_cache
+    assert same(first.examples, again.examples)
+    assert not list(folder.iterdir())
+
+
+def test_a_cache_that_is_full_when_an_entry_is_kept_is_no_fault(file, tokenizer, folder, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(cache, "write_text_atomic", full)
+    found = load(file, tokenizer)
+    assert [example.prompt for example in found.examples]
+    monkeypatch.undo()
+    monkeypatch.setenv("MANYLORA_CACHE", str(folder.parent))
+    assert same(load(file, tokenizer).examples, found.examples)

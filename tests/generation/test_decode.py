@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from manylora.adapters.bank import Bank
+from manylora.base.language import LanguageBase
 from manylora.errors import ConfigError, DataError, RouteError, UserError
 from manylora.generation import generate
 
@@ -185,3 +186,26 @@ class Plain:
 
     def decode(self, tokens, **options) -> str:
         return " ".join(map(str, tokens))
+
+
+def test_text_stands_where_training_put_it(base):
+    """A model that counts its positions from another number than 0: decoded from there too, padded beside others."""
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=base.vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=5, max_position_embeddings=64, is_decoder=True, bos_token_id=0, eos_token_id=96,
+        initializer_range=0.6,
+    )  # fmt: skip
+    base = LanguageBase(RobertaForCausalLM(config).eval(), tokenizer=base.tokenizer, name="roberta")
+    assert base.rules.first_position == 6
+    prompts = [[7, 8, 9, 10, 11, 12], [20, 21, 22]]
+    found = generate(base, prompts, slots=[-1, -1], max_new_tokens=8, stop_ids=())
+    for prompt, answer in zip(prompts, found, strict=True):
+        tokens = list(prompt)
+        for _ in range(8):
+            with torch.no_grad():
+                logits = base.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            tokens.append(int(logits.argmax()))
+        assert list(answer.tokens) == tokens[len(prompt) :]

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from manylora.memory import allocator
+
 MEASURE = """
 import resource
 from pathlib import Path
@@ -46,3 +48,29 @@ def test_a_system_without_such_a_malloc_is_left_alone(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "platform", "darwin")
     with freed_memory_kept() as kept:
         assert not kept
+
+
+class _OldLibc:
+    """A glibc before 2.35: it refuses thresholds above 32 MiB; what was set is remembered."""
+
+    malloc_trim = staticmethod(lambda pad: 1)
+
+    def __init__(self) -> None:
+        self.set: dict[int, int] = {}
+
+    def mallopt(self, option: int, value: int) -> int:
+        if option == allocator.MMAP_THRESHOLD and value > 32 << 20:
+            return 0
+        self.set[option] = value
+        return 1
+
+
+def test_a_malloc_that_refuses_the_threshold_is_left_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    libc = _OldLibc()
+    monkeypatch.setattr(allocator, "_libc", lambda: libc)
+    with allocator.freed_memory_kept() as kept:
+        assert not kept
+        with allocator.lying_apart():
+            pass
+        assert libc.set[allocator.MMAP_THRESHOLD] == 32 << 20, "blocks of 32 KiB are mapped apart for good"
+    assert libc.set[allocator.TRIM_THRESHOLD] == 64 << 20

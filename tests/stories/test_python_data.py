@@ -223,3 +223,15 @@ def test_a_base_that_sees_the_next_token_is_not_trained_to_predict_it(settings, 
     base = LanguageBase(BertForMaskedLM(config), tokenizer=tokenizer, name="bert")
     with pytest.raises(ConfigError, match="in bert a token sees the next"):
         manylora.train(settings, base=base, train_data=ROWS)
+
+
+def test_several_data_sets_of_torch_are_not_taken_for_the_first(module_settings):
+    from manylora.config import load_config
+    from manylora.errors import ConfigError
+    from manylora.tasks.data import tensor_data
+
+    places = {"base": "b", "task": "module", "output": "o", "data": {"train": ["python:one", "python:two"]}}
+    objects = {"python:one": points(8, 1), "python:two": points(8, 2)}
+    with pytest.raises(ConfigError, match="names 2 data sets of torch") as caught:
+        tensor_data(load_config(places), manylora.FrozenModel(net()), objects)
+    assert "ConcatDataset" in str(caught.value.next_step)

@@ -6,7 +6,7 @@ There are no modes. Training one adapter, many, the bare base, or a mixture is t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -198,8 +198,13 @@ class Bank:
                         tensor[place].zero_()
             stack.slots[place] = -1
         self._adapters.pop(slot, None)
-        self._plans.clear()
+        self._forget(lambda site, slots: slot in slots)
         self._ahead = None
+
+    def _forget(self, changed: Callable[[str, tuple[int, ...]], bool]) -> None:
+        """Drop the plans of what has changed, by site and slots of the rows."""
+        for key in [key for key in self._plans if changed(key[0], key[1])]:
+            del self._plans[key]
 
     def _close_gaps(self) -> None:
         """Drop the places that no slot owns, and the stacks that have no other."""
@@ -219,6 +224,8 @@ class Bank:
                     with lying_apart():
                         held[name] = tensor.detach()[within].requires_grad_(tensor.requires_grad)
                     held[name].grad = None if tensor.grad is None else tensor.grad[within]
+            moved = {name for name, stacks in self._by_site.items() if stack in stacks}
+            self._forget(lambda site, slots, moved=moved: site in moved)
             stack.slots, stack.ranks = [stack.slots[p] for p in kept], [stack.ranks[p] for p in kept]
             stack.scales, stack.dropouts = [stack.scales[p] for p in kept], [stack.dropouts[p] for p in kept]
 
@@ -386,8 +393,9 @@ class Bank:
         key = (site.name, route.slots, route.counts, tuple(x.shape))
         found = self._plans.get(key)
         if found is None:
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
+            if len(self._plans) >= MAX_PLANS:  # the oldest half goes: what is in use now stays
+                for old in list(self._plans)[: MAX_PLANS // 2]:
+                    del self._plans[old]
             found = self._plans[key] = self._plan(route, site, stacks, x)
         return found
 

@@ -22,15 +22,22 @@ _NOT_ARCHITECTURE = (
 )
 
 _CHUNK_BYTES = 1 << 22
+_QUICK_BYTES = 1 << 30
+"""Bytes that are hashed within a second or two."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""What transformers calls a model's weights in one file, and the list of files where there are several."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order.
+    """The safetensors files that a model folder's weights lie in, in order; what lies beside them is none of it.
+
+    They are those of the index, the one file without an index, or the packed ones; any others only where no such is.
 
     Raises:
-        BaseBroken: none is there, or only pickled ones are.
+        BaseBroken: none is there, one that the index names is missing, or only pickled ones are.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = named_weight_files(folder) or sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
         raise BaseBroken(
@@ -41,6 +48,32 @@ def weight_files(folder: Path) -> list[Path]:
             else "copy the weights there",
         )
     return files
+
+
+def named_weight_files(folder: Path) -> list[Path]:
+    """The files of weights that go by the names which transformers and this project write; none: there are no such.
+
+    Raises:
+        BaseBroken: the index names a file that is not there, or is none.
+    """
+    packed = sorted(folder.glob("packed*.safetensors"))
+    if packed and _packed_block(folder) is not None:
+        return packed
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise BaseBroken(f"{folder / INDEX} is no index of weights: {error}") from error
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise BaseBroken(
+            f"{folder} lacks {missing[0]}, one of the {len(names)} files that {INDEX} names",
+            next_step="copy or download the folder again",
+        )
+    return sorted(folder / name for name in names)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -88,11 +121,25 @@ def folder_fingerprint(folder: Path) -> str:
     return str(block["content"] if block.get("fitted") else block["original"]["fingerprint"])
 
 
+def quick_fingerprint(folder: Path) -> str | None:
+    """`folder_fingerprint` where it is remembered or its files are small; None: finding it would take a while."""
+    files = weight_files(folder)
+    for path in files:
+        read_header(path)
+    quick = _key(folder, files) in _cache_read() or sum(path.stat().st_size for path in files) <= _QUICK_BYTES
+    return folder_fingerprint(folder) if quick else None
+
+
+def _key(folder: Path, files: list[Path]) -> str:
+    """What a digest is remembered by: path, size and time of change of every file."""
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, folder / "config.json")]
+    return hashlib.sha256(json.dumps([str(folder.resolve()), stamps]).encode()).hexdigest()
+
+
 def content_digest(folder: Path) -> str:
     """SHA-256 of config and tensors; remembered by path, size and time of change of every file."""
     files = weight_files(folder)
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, folder / "config.json")]
-    key = hashlib.sha256(json.dumps([str(folder.resolve()), stamps]).encode()).hexdigest()
+    key = _key(folder, files)
     remembered = _cache_read()
     if key in remembered:
         return remembered[key]

@@ -6,12 +6,15 @@ import contextlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manylora.base.fingerprint import folder_fingerprint, read_header, weight_files
 from manylora.base.language import LanguageBase, stop_ids
 from manylora.base.packing.stored import Stored, stored_format
 from manylora.errors import BaseBroken, BaseNotFound, ConfigError, UserError, nearest_names
+
+if TYPE_CHECKING:
+    import torch
 
 BUILTIN = Path(__file__).parent / "builtin"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -95,7 +98,7 @@ def choose_device(device: str) -> tuple[Any, str]:
     return chosen, f"device {device}: as asked"
 
 
-def choose_dtype(dtype: str, device: Any) -> tuple[Any, str]:
+def choose_dtype(dtype: str | torch.dtype, device: Any) -> tuple[Any, str]:
     """The torch dtype of the frozen weights and a line that says why.
 
     Raises:
@@ -103,6 +106,7 @@ def choose_dtype(dtype: str, device: Any) -> tuple[Any, str]:
     """
     import torch
 
+    dtype = str(dtype).removeprefix("torch.")  # as people pass it in Python: torch.float32
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}", nearest=nearest_names(dtype, DTYPES), allowed=", ".join(DTYPES))
     if dtype == "bfloat16" and device.type == "cpu":
@@ -116,7 +120,7 @@ def choose_dtype(dtype: str, device: Any) -> tuple[Any, str]:
 def load_base(
     name: str,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | torch.dtype = "bfloat16",
     device: str = "auto",
     quantize: str | None = None,
     auto: str = "AutoModelForCausalLM",
@@ -133,6 +137,7 @@ def load_base(
         BaseNotFound: nothing is at `name`. BaseBroken: no weights, a damaged file, tensors missing or left over.
         ConfigError: `quantize` names another format than the one that the folder is packed in.
     """
+    check_auto(auto)
     folder = find_base(name)
     for path in weight_files(folder):
         read_header(path)
@@ -196,6 +201,23 @@ def check_quantize(name: str, folder: Path, quantize: str | None) -> Stored | No
             next_step="give the original base, or leave quantize out to take this one as it is packed",
         )
     return stored
+
+
+def check_auto(auto: str) -> None:
+    """Refuse a task whose base is no model of transformers.
+
+    Raises:
+        ConfigError: there is no such Auto class.
+    """
+    import transformers
+
+    if not auto:
+        raise ConfigError(
+            "this task learns from tensors by a torch module, which only Python can hand over: no folder holds one",
+            next_step="manylora.train(config, base=manylora.FrozenModel(module), train_data=...); it evaluates too",
+        )
+    if not hasattr(transformers, auto):
+        raise ConfigError(f"transformers has no class {auto!r}", next_step="give the name of an Auto class")
 
 
 def load_dense(folder: Path, auto: str, dtype: Any, trust_remote_code: bool) -> Any:

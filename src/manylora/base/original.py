@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from manylora.base.fingerprint import folder_fingerprint
+from manylora.base.fingerprint import folder_fingerprint, named_weight_files
 from manylora.base.frozen import FrozenModel
 from manylora.base.load import find_base
 from manylora.base.packing.stored import METHOD, stored_format
-from manylora.base.tensors import TensorFiles, checkpoint_files
+from manylora.base.tensors import TensorFiles
 from manylora.errors import BaseBroken, BaseMismatch, BaseNotFound
 from manylora.types import Site
 
@@ -32,7 +32,7 @@ class Originals:
         if site.packed is None:
             return site.weight()
         if self._files is None:
-            self._files = TensorFiles(checkpoint_files(self._folder()))
+            self._files = TensorFiles(named_weight_files(self._folder()))
         name, prefix = f"{site.name}.weight", f"{getattr(self._base.model, 'base_model_prefix', '')}."
         tried = (name, name.removeprefix(prefix), prefix + name)
         found = next((key for key in tried if key in self._files), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from torch import Tensor
 from manylora.base.fingerprint import read_header
 from manylora.errors import BaseBroken
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -88,24 +86,3 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The files that hold the model's own weights, as its index names them; others may lie beside them.
-
-    Raises:
-        BaseBroken: the index names a file that is not there.
-    """
-    index, single = folder / INDEX, folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
-    named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in named if not (folder / name).is_file()]
-    if missing:
-        raise BaseBroken(
-            f"{folder} lacks {missing[0]}, one of the {len(named)} files that {INDEX} names",
-            next_step="copy or download the folder again",
-        )
-    return [folder / name for name in named]

@@ -15,6 +15,8 @@ from manylora.errors import UserError
 from manylora.runs.places import Place, recognise, results_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from manylora.config import DataPlace
     from manylora.data.store import Examples
 
@@ -84,13 +86,14 @@ def evaluate(
         trust_remote_code=trust_remote_code, chat_template=settings.chat_template, auto=TASKS.get(settings.task).auto,
     )  # fmt: skip
     examples = read_examples(opened, settings, use_cache=use_cache)
-    scores = {
-        name: _score(opened, slot, examples, settings, max_new_tokens if text else 0, max_inputs)
-        for name, slot in opened.slots.items()
-    }
+    scores: dict[str, dict[str, Any]] = {}
+    footnotes: Mapping[str, str] = {}
+    for name, slot in opened.slots.items():
+        scores[name], footnotes = _score(opened, slot, examples, settings, max_new_tokens if text else 0, max_inputs)
     output = Output(as_json)
-    show_scores(output, scores)
-    output.finish({"target": target, "data": [place.path for place in files], "eval": scores})
+    show_scores(output, scores, footnotes)
+    paths = [place.path for place in files]
+    output.finish({"target": target, "data": paths, "eval": scores, "footnotes": dict(footnotes)})
 
 
 def _what(place: Place) -> tuple[Settings, list[Path]]:
@@ -145,7 +148,8 @@ def read_examples(opened: Opened, settings: Settings, *, quiet: bool = False, us
 
 def _score(
     opened: Opened, slot: int, examples: Examples, settings: Settings, max_new_tokens: int, max_inputs: int | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """Metrics by name, and what each of those of texts is exactly."""
     from manylora.evaluation.evaluate import evaluate_loss, evaluate_text
     from manylora.objectives import OBJECTIVES
     from manylora.tasks import TASKS
@@ -155,8 +159,9 @@ def _score(
         opened.base, examples, slot=slot, row_tokens=settings.row_tokens, rows_per_batch=settings.rows_per_batch,
         objective=OBJECTIVES.get(task.objective),
     )  # fmt: skip
-    if max_new_tokens:
-        scores |= evaluate_text(
-            opened.base, examples, slot=slot, max_new_tokens=max_new_tokens, task=task, max_inputs=max_inputs
-        )[0]
-    return scores
+    if not max_new_tokens:
+        return scores, {}
+    metrics, answers = evaluate_text(
+        opened.base, examples, slot=slot, max_new_tokens=max_new_tokens, task=task, max_inputs=max_inputs
+    )
+    return scores | metrics, task.footnotes(answers)

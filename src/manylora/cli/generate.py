@@ -92,14 +92,11 @@ def read_prompts(path: Path) -> list[str]:
 
 def prompt_tokens(base: Any, text: str, *, chat: bool) -> list[int]:
     """A prompt as training shows it: after the tokenizer's BOS where it puts one, or as a turn of the chat template."""
+    from manylora.generation.chat import encode_prompt, render_conversation
+
     if chat:
-        from manylora.generation.chat import render_conversation
-
         return render_conversation(base.tokenizer, [{"role": "user", "content": text}])
-    from manylora.data.tokens import TokenRules
-
-    rules = TokenRules.of(base.tokenizer, base.eos_ids)
-    return [*rules.front, *rules.encode([text])[0]]
+    return encode_prompt(base, text)
 
 
 def _answers(

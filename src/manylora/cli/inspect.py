@@ -119,10 +119,16 @@ def _lines(output: Output, facts: dict[str, Any]) -> None:
 
 
 def _base(output: Output, name: str, sites: bool, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
-    from manylora.base.load import load_base
+    from manylora.base.auto import auto_class_of
+    from manylora.base.fingerprint import quick_fingerprint
+    from manylora.base.load import find_base
+    from manylora.planning.hollow import hollow_base
 
-    base = load_base(name, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
-    for text in base.notes:
+    # No weight is read to list sites: a base of any size is there in seconds.
+    folder = find_base(name)
+    hollow = hollow_base(name, auto=auto_class_of(folder), dtype=dtype, trust_remote_code=trust_remote_code)
+    base = hollow.base
+    for text in (*hollow.notes, *base.notes):
         note(text)
     facts = {
         "base": base.name,
@@ -133,11 +139,12 @@ def _base(output: Output, name: str, sites: bool, dtype: str, trust_remote_code:
         "positions": base.max_positions,
         "chat template": base.template_digest is not None,
         "packs rows": base.packs,
-        "fingerprint": base.fingerprint,
+        "fingerprint": quick_fingerprint(folder) or "not read: the weights are many; training and evaluating find it",
         "folder": str(base.folder),
     }
     _lines(output, facts)
-    listed = [_site(site) for site in base.sites.values()]
+    packed = hollow.packed_sites()
+    listed = [_site(site, packed.get(site.name)) for site in base.sites.values()]
     output.line()
     if sites:
         output.table(("site", "kind", "shape", "parameters"), [tuple(site.values()) for site in listed])
@@ -147,11 +154,11 @@ def _base(output: Output, name: str, sites: bool, dtype: str, trust_remote_code:
     return facts | {"sites": listed}
 
 
-def _site(site: Site) -> dict[str, Any]:
+def _site(site: Site, format_name: str | None) -> dict[str, Any]:
     shapes = list(site.shapes().values())
     kind = f"{site.kind}, head" if site.is_head else site.kind
     kind = f"{kind}, tied to {site.tied_to}" if site.tied_to else kind
-    kind = f"{kind}, {site.packed.format}" if site.packed is not None else kind
+    kind = f"{kind}, {format_name}" if format_name is not None else kind
     shape = " x ".join(map(str, shapes[0]))
     return {"name": site.name, "kind": kind, "shape": shape, "parameters": site.num_parameters()}
 

@@ -53,7 +53,8 @@ def show_sweep(output: Output, run: Path, summary: Mapping) -> None:
         output.line(line)
     winner = Entry.from_dict(summary["winner"])
     output.line(f"\nbest: trial {winner.trial} ({values_text(winner)})")
-    show_scores(output, {"base": summary.get("base_eval") or {}, "adapter": summary.get("eval") or {}})
+    scores = {"base": summary.get("base_eval") or {}, "adapter": summary.get("eval") or {}}
+    show_scores(output, scores, summary.get("footnotes"))
     saved = f"; stopping early saved {tokens_saved(told):.0%}" if told["stop"] != "none" else ""
     output.line(f"trained {summary['tokens']:,} tokens in {summary['wall_s']:.1f} s{saved}")
     output.line(f"adapter best: {summary['adapters']['best']}")

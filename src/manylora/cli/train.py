@@ -79,7 +79,8 @@ def list_keys(output: Output) -> None:
 
 def show_summary(output: Output, run: Path, summary: Mapping) -> None:
     """Print what a run reached, and where things are."""
-    show_scores(output, {"base": summary.get("base_eval") or {}, "adapter": summary.get("eval") or {}})
+    scores = {"base": summary.get("base_eval") or {}, "adapter": summary.get("eval") or {}}
+    show_scores(output, scores, summary.get("footnotes"))
     output.line(
         f"trained {summary['trainable_parameters']:,} parameters on {summary['tokens']:,} tokens"
         f" in {summary['wall_s']:.1f} s"
@@ -89,8 +90,12 @@ def show_summary(output: Output, run: Path, summary: Mapping) -> None:
     output.line(f"report: {run / 'report.html'}")
 
 
-def show_scores(output: Output, scores: Mapping[str, Mapping[str, float]]) -> None:
-    """Print metrics, one line each, side by side; nothing where there are none."""
+def show_scores(
+    output: Output, scores: Mapping[str, Mapping[str, float]], footnotes: Mapping[str, str] | None = None
+) -> None:
+    """Print metrics, one line each, side by side, and what they are exactly; nothing where there are none."""
     names = list(dict.fromkeys(metric for column in scores.values() for metric in column))
     if names:
         output.table(("", *scores), [(name, *(column.get(name) for column in scores.values())) for name in names])
+    for name, text in (footnotes or {}).items():
+        output.line(f"{name}: {text}")

@@ -69,19 +69,21 @@ def cached(key: str | None, make: Make) -> tuple[Encoded, bool]:
     A cache that cannot be written to is no fault: the examples then lie in a temporary folder.
     """
     root = cache_folder() / "data"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        scratch = Scratch()
-        return _held(make(scratch.path / "examples.arrow"), scratch), False
     if key is not None and (found := _find(root, key)) is not None:
         return found, True
-    _sweep(root)
-    scratch = Scratch(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        scratch = Scratch(root)
+    except OSError:
+        scratch, key = Scratch(), None
     made = make(scratch.path / f"{key or 'examples'}.arrow")
-    if key is None:
-        return _held(made, scratch), False
-    return _keep(root, key, made, scratch.path), False
+    if key is not None:
+        try:
+            return _keep(root, key, made, scratch.path), False
+        except OSError:
+            pass  # the examples lie where they were made, or under their name without what says of them
+    return _held(made, scratch), False
 
 
 def entries(root: Path | None = None) -> Iterator[tuple[Path, int]]:

@@ -178,9 +178,11 @@ class _Step:
         taken = inspect.signature(type(base.model).forward).parameters
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         self.takes_positions = "position_ids" in taken
+        # Rows stand where training put them: some models count their positions from another number than 0.
+        self.first_position = base.rules.first_position or 0
 
     def __call__(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        own = {"position_ids": positions} if self.takes_positions else {}
+        own = {"position_ids": positions + self.first_position} if self.takes_positions else {}
         outputs = self.model(
             input_ids=tokens, attention_mask=mask, past_key_values=self.cache, use_cache=True, **own, **self.last_only
         )

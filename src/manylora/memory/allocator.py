@@ -48,16 +48,25 @@ def freed_memory_kept() -> Iterator[bool]:
     if libc is None or _Heap.threshold is not None:
         yield False
         return
-    kept = bool(libc.mallopt(MMAP_THRESHOLD, 1024 * MIB)) & bool(libc.mallopt(TRIM_THRESHOLD, 2047 * MIB))
+    # Before 2.35 glibc refuses a threshold above 32 MiB. Were `lying_apart` to lower it then, nothing would raise it
+    # again, and every larger block would be mapped apart to the end.
+    if not (libc.mallopt(TRIM_THRESHOLD, 2047 * MIB) and libc.mallopt(MMAP_THRESHOLD, 1024 * MIB)):
+        _as_it_comes(libc)
+        yield False
+        return
     _Heap.threshold = 1024 * MIB
     try:
-        yield kept
+        yield True
     finally:
         _Heap.threshold = None
-        # What malloc's own adaptation may come to at most.
-        libc.mallopt(MMAP_THRESHOLD, 32 * MIB)
-        libc.mallopt(TRIM_THRESHOLD, 64 * MIB)
+        _as_it_comes(libc)
         give_back_freed()
+
+
+def _as_it_comes(libc: ctypes.CDLL) -> None:
+    """What malloc's own adaptation may come to at most."""
+    libc.mallopt(MMAP_THRESHOLD, 32 * MIB)
+    libc.mallopt(TRIM_THRESHOLD, 64 * MIB)
 
 
 @contextmanager

@@ -33,6 +33,13 @@ class HollowBase:
     file_bytes: int
     notes: list[str]
 
+    def packed_sites(self) -> dict[str, str]:
+        """The formats of the sites whose weights are to be packed, by name."""
+        held = {site.name: site.packed.format for site in self.base.sites.values() if site.packed is not None}
+        if self.format is None:
+            return held
+        return held | {site.name: self.format for site in choose_sites(self.base.model, self.in_float32)[0]}
+
 
 def hollow_of(base: Any) -> HollowBase:
     """A base that was loaded, with its weights as they are stored."""

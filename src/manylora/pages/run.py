@@ -221,7 +221,8 @@ def _results(run: RunFiles, only: str | None) -> str:
             before = base.get(name)
             shown = _figure(before) if before is not None else "-"
             rows.append((label, shown, _figure(value), _change(before, value)))
-    return table(("on the held-out rows", "base", "adapter", "change"), rows, "numbers")
+    notes = "".join(paragraph(f"{_title(name)}: {text}") for name, text in (run.summary.get("footnotes") or {}).items())
+    return table(("on the held-out rows", "base", "adapter", "change"), rows, "numbers") + notes
 
 
 def _curves(run: RunFiles) -> str:

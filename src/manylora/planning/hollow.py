@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +13,43 @@ from torch import Tensor, nn
 from manylora.base.fingerprint import weight_files
 from manylora.base.language import LanguageBase
 from manylora.base.layers import repeated_layers
-from manylora.base.load import check_quantize, choose_dtype, find_base, load_base, load_tokenizer
+from manylora.base.load import check_auto, check_quantize, choose_dtype, find_base, load_base, load_tokenizer
 from manylora.base.skeleton import NotOneToOne, Skeleton
 from manylora.forwards import Level, StandIn, place_stand_in
 from manylora.memory.hollow import HollowBase
-from manylora.tasks import TASKS
-
-if TYPE_CHECKING:
-    from manylora.config import Config
 
 PROBED_LAYERS = 2
 """Layers that the probes run through, beside one of each further kind; what a model does with rows shows in these."""
 
 
-def hollow_base(config: Config, device_type: str) -> HollowBase:
-    """The base of a configuration as it would be on a device of a type, without its weights.
+def hollow_base(
+    name: str, *, auto: str, dtype: str, device_type: str = "cpu", quantize: str | None = None,
+    trust_remote_code: bool = False, chat_template: str | Path | None = None,
+) -> HollowBase:  # fmt: skip
+    """A base as it would be on a device of a type, without its weights; the arguments are those of `load_base`.
 
     Raises:
         UserError: nothing is there, or the format that is asked for is not the one that the folder is packed in.
     """
-    task = TASKS.get(config.task)
-    folder = find_base(config.base, weights=False)
-    stored = check_quantize(config.base, folder, config.quantize)
-    dtype, why = choose_dtype(config.dtype, torch.device("cpu") if device_type == "cpu" else torch.device("meta"))
-    form = config.quantize if stored is None else stored.format
-    files = sum(path.stat().st_size for path in weight_files(folder)) if _has_weights(folder) else 0
+    check_auto(auto)
+    folder = find_base(name, weights=False)
+    stored = check_quantize(name, folder, quantize)
+    chosen, why = choose_dtype(dtype, torch.device("cpu") if device_type == "cpu" else torch.device("meta"))
+    form = quantize if stored is None else stored.format
+    files = sum(path.stat().st_size for path in weight_files(folder)) if any(folder.glob("*.safetensors")) else 0
     try:
-        skeleton = Skeleton(folder, task.auto, dtype, config.trust_remote_code)
+        skeleton = Skeleton(folder, auto, chosen, trust_remote_code)
     except NotOneToOne as error:
         base = load_base(
-            config.base, dtype=config.dtype, device="cpu", auto=task.auto, trust_remote_code=config.trust_remote_code,
-            chat_template=config.data.chat_template,
-        )  # fmt: skip
+            name, dtype=dtype, device="cpu", auto=auto, trust_remote_code=trust_remote_code, chat_template=chat_template
+        )
         return HollowBase(base, lambda name: False, form, files, [why, f"the weights were read: {error}"])
-    for name in skeleton.names():
-        if skeleton.aliases(name)[0] == name:
-            skeleton.put(name, _thin(skeleton.shape(name), name, dtype), torch.device("cpu"))
-    tokenizer, _ = load_tokenizer(config.base, config.data.chat_template, trust_remote_code=config.trust_remote_code)
+    for key in skeleton.names():
+        if skeleton.aliases(key)[0] == key:
+            skeleton.put(key, _thin(skeleton.shape(key), key, chosen), torch.device("cpu"))
+    tokenizer, _ = load_tokenizer(name, chat_template, trust_remote_code=trust_remote_code)
     with _few_layers(skeleton.model):
-        base = LanguageBase(skeleton.model, tokenizer=tokenizer, name=config.base, folder=folder, fingerprint="planned")
+        base = LanguageBase(skeleton.model, tokenizer=tokenizer, name=name, folder=folder, fingerprint="planned")
     return HollowBase(base, skeleton.in_float32, form, files, [why])
 
 
@@ -103,7 +101,3 @@ class _Pass:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden,) if self.kinds.get(self.kind) else hidden
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))

@@ -21,6 +21,7 @@ from manylora.planning.devices import CONTEXT_BYTES, Device, measured, this_devi
 from manylora.planning.heap import grown
 from manylora.planning.hollow import hollow_base
 from manylora.planning.phases import COPIES, PhaseTrace, RunTrace, total_of, traced_run
+from manylora.tasks import TASKS
 from manylora.training.prepare import Stock
 
 if TYPE_CHECKING:
@@ -100,7 +101,11 @@ class Planner:
         if config.base in self._objects:
             self.hollow = hollow_of(self._objects[config.base])
         else:
-            self.hollow = hollow_base(config, self.device.kind)
+            self.hollow = hollow_base(
+                config.base, auto=TASKS.get(config.task).auto, dtype=config.dtype, device_type=self.device.kind,
+                quantize=config.quantize, trust_remote_code=config.trust_remote_code,
+                chat_template=config.data.chat_template,
+            )  # fmt: skip
         self._stock: Stock | None = None
         # A size of main memory that is not this machine's says nothing of speed: this machine's is taken.
         if self.device.flops is None and (device is None or device.kind == "cpu"):

@@ -163,6 +163,7 @@ def _finish(
         "winner": best.to_dict(),
         "eval": scores["adapter"],
         "base_eval": scores["base"],
+        "footnotes": scores["footnotes"],
         "trials": len(director.trials),
         "tokens": told["tokens"],
         "full_tokens": told["full_tokens"],

@@ -132,6 +132,13 @@ def tensor_data(config: Config, base: FrozenModel, objects: Mapping[str, Any]) -
         ConfigError: a place that is no object of Python. DataError: items of another form.
     """
     names = argument_names(base.model)
+    for side, places in (("train", config.data.train), ("eval", config.data.eval)):
+        if len(places) > 1:
+            raise ConfigError(
+                f"data.{side} names {len(places)} data sets of torch",
+                allowed="one",
+                next_step="torch.utils.data.ConcatDataset([first, second])",
+            )
     found: dict[str, list[TensorExamples]] = {}
     for side, places in (("train", config.data.train), ("eval", config.data.eval)):
         for place in places:

@@ -304,6 +304,7 @@ def _finish(
         "adapters": {member.name: str(path)},
         "eval": scores.get("adapter", {}),
         "base_eval": scores.get("base", {}),
+        "footnotes": scores.get("footnotes", {}),
         "state": member.state,
         "steps": member.step,
         "best_step": member.best_step or member.step,
@@ -337,6 +338,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Scores of a configuration's held-out rows for `base` and `adapter`; what each writes goes to samples.jsonl.
 
+    `footnotes` say by metric what it is exactly.
     The adapter is put into the first of `slots`, what it started from into the second where its objective has
     followers: what a folder of an adapter does not hold has no part in its scores. The slots are empty afterwards.
     """
@@ -350,6 +352,7 @@ def compare(
         started = slots[1]
         bank.put(start_adapter(config, base), slot=started)
     scores: dict[str, dict[str, Any]] = {}
+    footnotes: Mapping[str, str] = {}
     written: dict[str, list[Sample]] = {}
     for who, slot in (("base", -1), ("adapter", slots[0])):
         (scores[who],) = evaluate_losses(
@@ -369,7 +372,9 @@ def compare(
                 task=stock.task,
             )
             scores[who] |= metrics
+            footnotes = stock.task.footnotes(answers)
             written[who] = answers[: config.evaluate.samples]
+    scores["footnotes"] = dict(footnotes)
     for slot in slots:
         bank.clear(slot)
     samples = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from manylora.adapters.merge.report import MergeReport
 from manylora.adapters.merge.storage import FLOATS, Storage
 from manylora.adapters.merge.weights import Weights
 from manylora.base.fingerprint import content_digest
-from manylora.base.packing.folder import quantise_folder
+from manylora.base.packing.folder import copy_rest, quantise_folder
 from manylora.errors import ConfigError
 from manylora.files import PARTIAL
 
@@ -26,8 +25,6 @@ SHARD_BYTES = 2 << 30
 """Bytes of a file of weights: what writing holds in memory beside the base."""
 
 REPORT_FILE = "merge_report.json"
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
-_OWN = ("config.json", "README.md", REPORT_FILE)
 
 
 def write_model(folder: Path, weights: Weights, storage: Storage) -> None:
@@ -157,17 +154,16 @@ def _config(weights: Weights, storage: Storage) -> dict[str, Any] | None:
 
 
 def _write_rest(folder: Path, weights: Weights) -> None:
-    """Tokenizer, chat template, generation configuration and the base's own code."""
+    """Tokenizer, chat template, generation configuration, licence and the base's own code."""
     base = weights.base
     if base.tokenizer is not None:
         base.tokenizer.save_pretrained(folder)
     origin = getattr(base, "folder", None)
-    for path in sorted(path for pattern in _COPIED for path in (origin.glob(pattern) if origin is not None else ())):
-        taken = path.name in _OWN or path.name.endswith(".index.json") or (folder / path.name).exists()
-        if not taken and path.is_file():
-            shutil.copyfile(path, folder / path.name)
     generation = getattr(base.model, "generation_config", None)
-    if origin is None and generation is not None:
+    if origin is not None:
+        copy_rest(origin, folder)
+        (folder / REPORT_FILE).unlink(missing_ok=True)  # that of the base, if it is a merged one
+    elif generation is not None:
         generation.save_pretrained(folder)
 
 

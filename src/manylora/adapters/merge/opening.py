@@ -10,15 +10,12 @@ from torch import Tensor
 
 from manylora.adapters.merge.measure import probe_logits
 from manylora.adapters.merge.probes import Probes
+from manylora.base.auto import auto_class_named
 from manylora.base.language import LanguageBase
 from manylora.base.load import load_base
 from manylora.errors import MergeRefused
 from manylora.memory.device import available_bytes
 
-_AUTO = (
-    "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
-)  # fmt: skip
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of the largest logit: other kernels than those of the measurement, and no more."""
 
@@ -52,10 +49,4 @@ def auto_class(base: Any) -> str | None:
     """The transformers class through which a base is opened again; None: it is not one of transformers' own."""
     if not isinstance(base, LanguageBase):
         return None
-    import transformers
-
-    for name in _AUTO:
-        found = getattr(transformers, name)._model_mapping.get(type(base.config), None)
-        if type(base.model) in (found if isinstance(found, tuple) else (found,)):
-            return name
-    return None
+    return auto_class_named(type(base.model).__name__)

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from manylora.base.fingerprint import named_weight_files
 from manylora.base.frozen import FrozenModel
 from manylora.base.packing.stored import stored_format
-from manylora.base.tensors import TensorFiles, checkpoint_files
+from manylora.base.tensors import TensorFiles
 from manylora.types import Site
 
 
@@ -47,7 +48,7 @@ class FolderSource:
     note: str | None = None
 
     def __init__(self, base: FrozenModel, folder: Path):
-        self._files = TensorFiles(checkpoint_files(folder))
+        self._files = TensorFiles(named_weight_files(folder))
         sizes: Counter[torch.dtype] = Counter()
         for key in self._files:
             if self._files.dtype(key).is_floating_point:

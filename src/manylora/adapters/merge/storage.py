@@ -45,6 +45,7 @@ def storage_of(name: str) -> Storage:
     Raises:
         UnknownName: there is no such storage.
     """
+    name = str(name).removeprefix("torch.")  # as people pass it in Python: torch.bfloat16
     name = _LONG_NAMES.get(name, name)
     if name in FLOATS:
         return Storage(name, dtype=FLOATS[name])

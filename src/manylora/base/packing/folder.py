@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manylora.base.auto import auto_class_of
 from manylora.base.fingerprint import content_digest, folder_fingerprint, read_header, weight_files
 from manylora.base.load import base_name, check_quantize, find_base, load_dense, reading
 from manylora.base.packing.layers import PackedLinear
@@ -114,7 +115,7 @@ def quantise_folder(
         written.losses.setdefault(site.rpartition(".")[2], Loss()).add(weight, packed)
         return packed
 
-    auto = _auto_class(folder)
+    auto = auto_class_of(folder)
     device = device or torch.device("cpu")
     with reading(folder):
         model = load_packing(
@@ -125,7 +126,7 @@ def quantise_folder(
     original = {"name": base_name(name), "fingerprint": fingerprint}
     with write_folder_atomic(output) as new:
         written.bytes_after = _write_tensors(model, new)
-        _copy_rest(folder, new)
+        copy_rest(folder, new)
         _write_config(folder, new, model, format_name, original, fitted=fit is not None)
     written.fingerprint = folder_fingerprint(output)
     written.bytes_before = written.bytes_after + written.total.bytes_before - written.total.bytes_after
@@ -159,14 +160,17 @@ def _bytes_of(shard: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in shard.values())
 
 
-def _copy_rest(folder: Path, new: Path) -> None:
-    """The tokenizer, chat templates, generation settings, code and licence; no weights and no index of them."""
-    for pattern in COPIED:
-        for path in folder.glob(pattern):
-            if path.is_file() and path.name != "config.json" and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, new / path.name)
+def copy_rest(folder: Path, new: Path) -> None:
+    """Copy the tokenizer, chat templates, generation settings, code and licence; what is there already stays.
+
+    No weights, no index of them, no `config.json` and no card: those are of the new folder.
+    """
+    for path in sorted(path for pattern in COPIED for path in folder.glob(pattern)):
+        written_anew = path.name == "config.json" or path.name.endswith(".index.json")
+        if path.is_file() and not written_anew and not (new / path.name).exists():
+            shutil.copyfile(path, new / path.name)
     if (folder / TEMPLATES).is_dir():
-        shutil.copytree(folder / TEMPLATES, new / TEMPLATES)
+        shutil.copytree(folder / TEMPLATES, new / TEMPLATES, dirs_exist_ok=True)
 
 
 def _write_config(
@@ -186,9 +190,3 @@ def _write_config(
     path.write_text(json.dumps({**config, "quantization_config": block}, indent=2) + "\n", encoding="utf-8")
     block["content"] = content_digest(new)
     path.write_text(json.dumps({**config, "quantization_config": block}, indent=2) + "\n", encoding="utf-8")
-
-
-def _auto_class(folder: Path) -> str:
-    """The transformers class whose names of tensors the folder gets."""
-    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    return "AutoModelForMaskedLM" if str(named[0]).endswith("ForMaskedLM") else "AutoModelForCausalLM"

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manylora.base.fingerprint import named_weight_files
 from manylora.base.packing.bitsandbytes import stored_weights
 from manylora.base.packing.layers import pack_module, packable, put_module
 from manylora.base.packing.stored import METHOD, Stored
 from manylora.base.sites import find_sites
 from manylora.base.skeleton import NotOneToOne, Skeleton
-from manylora.base.tensors import TensorFiles, checkpoint_files, give_back_memory
+from manylora.base.tensors import TensorFiles, give_back_memory
 from manylora.errors import BaseBroken
 from manylora.types import Packed, Site
 
@@ -138,7 +139,7 @@ def load_packing(
     skeleton: Skeleton | None = None
     try:
         skeleton = Skeleton(folder, auto, dtype, trust_remote_code)
-        files = TensorFiles(checkpoint_files(folder))
+        files = TensorFiles(named_weight_files(folder))
         targets = _targets(list(files), files, skeleton)
     except NotOneToOne as error:
         report.whole = str(error)
@@ -164,7 +165,7 @@ def load_stored(
     Raises:
         BaseBroken: tensors are absent, or do not belong to the model that the configuration describes.
     """
-    files = TensorFiles(packed_files(folder) if stored.maker == METHOD else checkpoint_files(folder))
+    files = TensorFiles(named_weight_files(folder))
     try:
         skeleton = Skeleton(folder, auto, dtype, trust_remote_code)
         found = _own_weights(files, stored) if stored.maker == METHOD else stored_weights(files)
@@ -191,11 +192,6 @@ def load_stored(
     report.left_dense |= {target.removesuffix(".weight"): "dense in the folder" for target in of_weight}
     report.count_dense(skeleton.model)
     return skeleton.model
-
-
-def packed_files(folder: Path) -> list[Path]:
-    """The files of a packed folder. transformers knows no such names, so it does not take it for a dense one."""
-    return sorted(folder.glob("packed*.safetensors"))
 
 
 @dataclass(frozen=True, slots=True)
