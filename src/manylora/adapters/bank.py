@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,60 +16,16 @@ from torch import Tensor
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.receipt import check_base
+from manylora.adapters.route import Route, runs_of
 from manylora.base.frozen import FrozenModel
 from manylora.errors import AdapterBroken, BaseMismatch, RouteError, SpecError, nearest_names
 from manylora.forwards import Level, place_stand_in
 from manylora.memory.allocator import lying_apart
 from manylora.methods import METHODS
-from manylora.types import Factors, Method, Runs, Segment, Site, Stack, Use
+from manylora.types import Factors, Method, Site, Stack, Use
 
 MAX_PLANS = 8192
 """Plans (which places change which items of a site) that are remembered, so that decoding finds them at each token."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Route:
-    """The slot of every row of a batch (-1: the bare base), and the stream that seeds each row's dropout.
-
-    `counts` is given where a site sees a selection of items and not whole rows: how many items each row has, in order.
-    """
-
-    slots: tuple[int, ...]
-    streams: tuple[int, ...] | None = None
-    counts: tuple[int, ...] | None = None
-    reached: frozenset[int] = field(init=False, repr=False)
-    """The distinct ones of `slots`."""
-    runs: dict[tuple, Runs] = field(default_factory=dict, init=False, repr=False)
-    """What a bank found for stacks that the same slots own."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "reached", frozenset(self.slots))
-
-    def take(self, rows: Sequence[int]) -> Route:
-        """The route of these rows, in this order."""
-
-        def of(values: tuple[int, ...] | None) -> tuple[int, ...] | None:
-            return None if values is None else tuple(values[row] for row in rows)
-
-        return Route(tuple(self.slots[row] for row in rows), of(self.streams), of(self.counts))
-
-    def bounds(self, items: int, site: str) -> list[int]:
-        """Where each row begins among a site's items; one number more than rows."""
-        if self.counts is not None:
-            counts = self.counts
-            if sum(counts) != items:
-                raise RouteError(f"{site!r} sees {items} items and the selection has {sum(counts)}")
-        elif items % len(self.slots):
-            raise RouteError(
-                f"{site!r} sees {items} items, which {len(self.slots)} rows do not divide",
-                next_step="give the route one slot for each row of the batch",
-            )
-        else:
-            counts = (items // len(self.slots),) * len(self.slots)
-        edges = [0]
-        for count in counts:
-            edges.append(edges[-1] + count)
-        return edges
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,37 +400,11 @@ class Bank:
             whole = not mixed and (route.streams is None or not any(stack.dropouts))
             runs = route.runs.get((slots, items, whole))
             if runs is None:
-                runs = route.runs[slots, items, whole] = _runs(route, site, slots, items, whole)
+                runs = route.runs[slots, items, whole] = runs_of(route, site, slots, items, whole)
             if runs.segments:
                 by_method.setdefault(stack.method, []).append(Use(stack, runs))
         methods = [(METHODS.get(name), uses) for name, uses in by_method.items()]
         return sorted(methods, key=lambda pair: pair[0].replaces)
-
-
-def _runs(route: Route, site: Site, slots: tuple[int, ...], items: int, whole: bool) -> Runs:
-    """The runs of a site's items that stacks of `slots` change; `whole`: all of them as one, without streams."""
-    place_of = {slot: place for place, slot in enumerate(slots) if slot != -1}
-    if whole:
-        return Runs((Segment(place_of[route.slots[0]], 0, items, ((0, items, None),)),), covers_all=True)
-    segments = _segments(route, route.bounds(items, site.name), place_of)
-    return Runs(tuple(segments), sum(segment.stop - segment.start for segment in segments) == items)
-
-
-def _segments(route: Route, edges: list[int], place_of: dict[int, int]) -> list[Segment]:
-    """Runs of neighbouring rows of one slot, empty rows left out."""
-    streams = route.streams or (None,) * len(route.slots)
-    segments: list[Segment] = []
-    for row, slot in enumerate(route.slots):
-        place, start, stop = place_of.get(slot), edges[row], edges[row + 1]
-        if place is None or start == stop:
-            continue
-        part = (start, stop, streams[row])
-        if segments and segments[-1].place == place and segments[-1].stop == start:
-            last = segments.pop()
-            segments.append(Segment(place, last.start, stop, (*last.parts, part)))
-        else:
-            segments.append(Segment(place, start, stop, (part,)))
-    return segments
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -201,14 +201,11 @@ def run_loop(
     config = stock.config
     chosen = chosen or asked(config.train)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+    kept = config.checkpoint
     settings = LoopSettings(
-        checkpoint_every=config.checkpoint.every_steps,
-        select=config.checkpoint.select,
-        budget_tokens=budget_tokens,
-        resident_bytes=resident_bytes,
-        strengthens=chosen.may_change,
-        probes=chosen.probes,
-    )
+        checkpoint_every=kept.every_steps, select=kept.select, budget_tokens=budget_tokens,
+        resident_bytes=resident_bytes, strengthens=chosen.may_change, probes=chosen.probes,
+    )  # fmt: skip
     done = checkpoints.last() if resume else None
     told: Recorder | None = None
     early: list[str] = []  # said before there is anyone to tell

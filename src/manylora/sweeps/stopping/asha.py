@@ -6,13 +6,11 @@ since better ones came later; in exchange nothing waits for the slowest.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from manylora.sweeps.stopping.reports import Reports
-from manylora.sweeps.stopping.rule import StopSettings, Verdict, own_first_share, rising_shares
+from manylora.sweeps.stopping.reports import OneOfSoMany
+from manylora.sweeps.stopping.rule import Verdict
 
 
-class Asha:
+class Asha(OneOfSoMany):
     """The asynchronous rule: of the n trials that reported at a level so far, the best floor(n / reduction) go on.
 
     Two things are ours. A trial that no later report could promote is stopped at once, not kept waiting. And when
@@ -20,17 +18,6 @@ class Asha:
     end. With both, ASHA lets go and stops exactly whom successive halving does, if all that enter a level report there
     between the same two calls of `verdicts` and `finish` is called whenever nothing runs.
     """
-
-    reads: ClassVar[frozenset[str]] = frozenset({"reduction", "first_share"})
-
-    def __init__(self, num_trials: int, settings: StopSettings) -> None:
-        first = settings.first_share or own_first_share(num_trials, settings.reduction)
-        self.shares: tuple[float, ...] = rising_shares(first, settings.reduction) if first else ()
-        self._reduction = settings.reduction
-        self._ledger = Reports(num_trials, len(self.shares))
-
-    def report(self, trial: int, level: int, loss: float) -> None:
-        self._ledger.report(trial, level, loss)
 
     def verdicts(self) -> dict[int, Verdict]:
         ledger = self._ledger

@@ -7,13 +7,11 @@ instead of 27.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from manylora.sweeps.stopping.reports import Reports
-from manylora.sweeps.stopping.rule import StopSettings, Verdict, own_first_share, rising_shares
+from manylora.sweeps.stopping.reports import OneOfSoMany
+from manylora.sweeps.stopping.rule import StopSettings, Verdict
 
 
-class SuccessiveHalving:
+class SuccessiveHalving(OneOfSoMany):
     """The synchronous rule: a level is judged when every trial that entered it has reported.
 
     Of n trials max(1, floor(n / reduction)) are kept, so 81 give 27, 9, 3, 1 and 20 give 6, 2, 1 (where the ceiling of
@@ -21,17 +19,9 @@ class SuccessiveHalving:
     `reduction` and no `first_share`: no level, all train to their end.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"reduction", "first_share"})
-
     def __init__(self, num_trials: int, settings: StopSettings) -> None:
-        first = settings.first_share or own_first_share(num_trials, settings.reduction)
-        self.shares: tuple[float, ...] = rising_shares(first, settings.reduction) if first else ()
-        self._reduction = settings.reduction
-        self._ledger = Reports(num_trials, len(self.shares))
+        super().__init__(num_trials, settings)
         self._num_judged = 0  # levels whose verdicts are given; they are judged from the first to the last
-
-    def report(self, trial: int, level: int, loss: float) -> None:
-        self._ledger.report(trial, level, loss)
 
     def verdicts(self) -> dict[int, Verdict]:
         news = self._ledger.stop_the_dead()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from typing import ClassVar
 
-from manylora.sweeps.stopping.reports import Reports
+from manylora.sweeps.stopping.reports import OverLevels
 from manylora.sweeps.stopping.rule import StopSettings, Verdict
 
 STEP = 0.1
@@ -18,7 +18,7 @@ FIRST_SHARE = 0.2
 """The first level unless it is set: before that, warmup decides more than the trial does."""
 
 
-class Median:
+class Median(OverLevels):
     """Stops a trial whose best loss so far is above the median of the other trials' losses at the level.
 
     Judged on the spot, so nothing waits; with fewer than `min_reports` others at the level, or on a tie, it goes on.
@@ -30,12 +30,8 @@ class Median:
     def __init__(self, num_trials: int, settings: StopSettings) -> None:
         first = settings.first_share or FIRST_SHARE
         shares = [round(first + STEP * level, 9) for level in range(10)]
-        self.shares: tuple[float, ...] = tuple(share for share in shares if share < 1)
+        super().__init__(num_trials, tuple(share for share in shares if share < 1))
         self._min_reports = settings.min_reports
-        self._ledger = Reports(num_trials, len(self.shares))
-
-    def report(self, trial: int, level: int, loss: float) -> None:
-        self._ledger.report(trial, level, loss)
 
     def verdicts(self) -> dict[int, Verdict]:
         ledger = self._ledger

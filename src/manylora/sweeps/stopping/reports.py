@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
-from manylora.sweeps.stopping.rule import Verdict
+from manylora.sweeps.stopping.rule import StopSettings, Verdict, own_first_share, rising_shares
 
 
 class Reports:
@@ -65,3 +66,25 @@ class Reports:
 
     def waits(self) -> dict[int, Verdict]:
         return {trial: "wait" for level in range(len(self.losses)) for trial in self.waiting(level)}
+
+
+class OverLevels:
+    """What rules share that judge at levels: their shares of a trial's tokens, and what was reported there."""
+
+    def __init__(self, num_trials: int, shares: tuple[float, ...]):
+        self.shares = shares
+        self._ledger = Reports(num_trials, len(shares))
+
+    def report(self, trial: int, level: int, loss: float) -> None:
+        self._ledger.report(trial, level, loss)
+
+
+class OneOfSoMany(OverLevels):
+    """A rule of which one of `reduction` goes on, at levels that lie a factor of `reduction` apart."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"reduction", "first_share"})
+
+    def __init__(self, num_trials: int, settings: StopSettings):
+        first = settings.first_share or own_first_share(num_trials, settings.reduction)
+        super().__init__(num_trials, rising_shares(first, settings.reduction) if first else ())
+        self._reduction = settings.reduction
