@@ -26,6 +26,7 @@ for script in "$@"; do
     data=${MANYLORA_TEST_DATA:-}
     case $script in
         bench/readme.py | bench/results.py | bench/workers.py | bench/ways_*.py) ;; # parts of the others
+        bench/versions.py) ;; # wants another checkout
         bench/sft.py) with_data "$script" ;;
         bench/data.py) with_data "$script" "$data/gsm8k/train.jsonl" --columns prompt=question,completion=answer ;;
         bench/e2e.py)
