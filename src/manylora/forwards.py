@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 Forward = Callable[..., Any]
+PILE = "_manylora_forwards"
+"""Where a module's own dictionary holds its pile, so that the two go together."""
 
 
 class Level(IntEnum):
@@ -95,27 +96,24 @@ class _Pile:
                 entry.beneath = below
             below = entry
         attributes = self.module.__dict__
-        if attributes.get("forward") is not self.placed:
-            return  # somebody else put theirs above all of ours, and calls what stood there
-        top = self.entries[-1] if self.entries else None
-        shown = top.shown if isinstance(top, StandIn) else top
-        self.placed = shown = self.brought if shown is None else shown
-        if shown is None:
-            attributes.pop("forward", None)
-        else:
-            attributes["forward"] = shown
+        # Else somebody put theirs above all of ours since, and calls what stood there.
+        if attributes.get("forward") is self.placed:
+            top = self.entries[-1] if self.entries else None
+            shown = top.shown if isinstance(top, StandIn) else top
+            self.placed = shown = self.brought if shown is None else shown
+            if shown is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = shown
         if not any(isinstance(entry, StandIn) for entry in self.entries):
-            _PILES.pop(self.module, None)
-
-
-_PILES: WeakKeyDictionary[nn.Module, _Pile] = WeakKeyDictionary()
+            attributes.pop(PILE, None)
 
 
 def place_stand_in(module: nn.Module, run: Forward | None, level: Level) -> StandIn:
     """Have a module run `run` in place of its forward until the stand-in is removed; None: what stands beneath it."""
-    pile = _PILES.get(module)
+    pile = module.__dict__.get(PILE)
     if pile is None:
-        pile = _PILES[module] = _Pile(module)
+        pile = module.__dict__[PILE] = _Pile(module)
     entry = StandIn(pile, run, level)
     pile.add(entry)
     return entry
@@ -136,7 +134,7 @@ def brought_forward(module: nn.Module) -> Forward | None:
     forward = module.__dict__.get("forward")
     if type(forward) is StandIn:
         return forward.pile.brought
-    pile = _PILES.get(module)
+    pile = module.__dict__.get(PILE)
     return forward if pile is None else pile.brought
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +94,27 @@ def test_what_was_brought_is_known_and_comes_back() -> None:
         assert brought_forward(module) is theirs
         assert called(module, calls) == ["theirs"]
     assert module.__dict__["forward"] is theirs
+
+
+def test_a_base_that_nobody_holds_goes_with_its_bank_open() -> None:
+    base = language_base()
+    gone = [weakref.ref(module) for module in (base.model, base.model.model.layers[0].mlp.up_proj)]
+    bank = Bank(base)
+    assert bank.base is base
+    del base, bank
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_a_pile_is_gone_when_the_last_of_ours_is() -> None:
+    module, calls = nn.Linear(2, 2), []
+    before = dict(module.__dict__)
+    ours = placed(module, "ours", calls, Level.SITE)
+    module.forward = theirs = Named("theirs", calls, module.forward)
+    ours.remove()
+    assert module.__dict__ == before | {"forward": theirs}
+    assert brought_forward(module) is theirs
+    assert called(module, calls) == ["theirs"]
 
 
 def test_hooks_fire_once_and_parameters_come_back() -> None:
