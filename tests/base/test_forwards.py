@@ -18,6 +18,7 @@ from manylora.adapters.bank import Bank
 from manylora.adapters.merge.measure import standing_in as with_parameters
 from manylora.base.frozen import FrozenModel
 from manylora.base.language import LanguageBase
+from manylora.errors import RouteError
 from manylora.forwards import Level, brought_forward, own_forward, place_stand_in, run_with, standing_in
 from manylora.objectives.causal_lm import CAUSAL_LM
 from manylora.spec import AdapterSpec
@@ -312,3 +313,16 @@ def test_a_merge_is_measured_through_the_hooks_too() -> None:
             assert torch.equal(base.outputs(batch).hidden, plain)
     assert base.model.model.layers[0].mlp.down_proj.forward == before
     assert all(hook.calls for name, hook in hooks.items() if name != "lm_head")
+
+
+def test_a_weight_that_somebody_took_away_before_the_backward_is_refused() -> None:
+    """No forward of the module's own brings it back, so the gradient of the input cannot be had."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    base = FrozenModel(net, example=lambda rows: {"input": torch.randn(rows, 4, dtype=torch.float64)})
+    with Bank(base, dtype=torch.float64) as bank:
+        bank.put(Adapter.new(base, AdapterSpec(rank=2), seed=0), slot=0)
+        with bank.route([0] * 5):
+            out = net(torch.randn(5, 4, dtype=torch.float64))
+        net[1].weight.data = net[1].weight.data.to("meta")
+        with pytest.raises(RouteError, match="the weight of '1' is not in memory"):
+            out.sum().backward()

@@ -156,6 +156,10 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(
 ) -> None:
     # Rows are longer than the positions of the base: only its sequences must fit.
     base = make_base(kind, dtype, vocabulary=261, positions=320, attention=attention)
+    if attention == "eager":
+        # transformers' eager attention narrows scores to float32: where a difference of 1e-16 crosses a rounding
+        # boundary, it is 1e-7 of one score. On one thread some do, of two threads none did.
+        tolerance = max(tolerance, 1e-8)
     bank = adapted(base)
     row_tokens = 2 * max(map(len, ragged))
     rows = packed_rows(ragged, row_tokens)

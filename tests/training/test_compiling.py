@@ -215,7 +215,7 @@ class TestChoice:
 
         def probed(base: FrozenModel, *_: object) -> None:
             layer = base.model.model.layers[0].__dict__["forward"]
-            seen.append(f"{layer.owner.mode} around {type(layer.before).__name__}")
+            seen.append(f"{layer.run.owner.mode} around {type(layer.beneath.run).__name__}")
 
         monkeypatch.setattr(compiling, "probe_step", probed)
         choose_compiling(base, member, adapter, "layers", "full")
