@@ -5,7 +5,8 @@
 Each checkout has a process of its own, with its own `src` and its own `bench/fleet.py`, on one random Llama of 135 M
 parameters in bfloat16: one adapter of rank 16 on 4 rows of 512 tokens, and 16 of them on one row of 64 tokens each. The
 two take turns; the losses of every step must be equal. The ratio is the median over rounds of this checkout's time to
-the other's within a round. Prints, and writes nothing.
+the other's within a round; that of processor time says what neighbours on the machine cannot change. Prints, and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -51,22 +52,27 @@ def in_turns(asked: argparse.Namespace, folder: str, job: str) -> dict[str, Any]
         name: Worker(root, folder, job, asked.threads) for name, root in (("this", HERE), ("other", asked.other))
     }
     taken: dict[str, list[float]] = {name: [] for name in workers}
+    busy: dict[str, list[float]] = {name: [] for name in workers}
     try:
         for number in range(asked.rounds + 2):
             losses = {}
             order = list(workers) if number % 2 else list(workers)[::-1]
             for name in order:
-                seconds, losses[name] = workers[name].step()
+                seconds, processor, losses[name] = workers[name].step()
                 if number >= 2:  # the first two compile kernels and make states
                     taken[name].append(seconds)
+                    busy[name].append(processor)
             if losses["this"] != losses["other"]:
                 raise SystemExit(f"step {number} of {job}: losses {losses}")
     finally:
         for worker in workers.values():
             worker.process.kill()
-    ratios = [one / two for one, two in zip(taken["this"], taken["other"], strict=True)]
+    ratios, of_processor = (
+        [one / two for one, two in zip(each["this"], each["other"], strict=True)] for each in (taken, busy)
+    )
     return {
         "ratio": round(statistics.median(ratios), 4), "least": round(min(ratios), 3), "most": round(max(ratios), 3),
+        "processor_ratio": round(statistics.median(of_processor), 4),
         **{f"{name}_s": round(statistics.median(times), 4) for name, times in taken.items()}, "rounds": asked.rounds,
     }  # fmt: skip
 
@@ -89,13 +95,13 @@ class Worker:
             raise SystemExit("a worker has died")
         return line
 
-    def step(self) -> tuple[float, list[float]]:
-        """The seconds of the next step, and the losses of its members."""
+    def step(self) -> tuple[float, float, list[float]]:
+        """The seconds of the next step, those of processors, and the losses of its members."""
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        seconds, losses = json.loads(self.read())
-        return seconds, losses
+        seconds, processor, losses = json.loads(self.read())
+        return seconds, processor, losses
 
 
 def work(text: str) -> None:
@@ -112,9 +118,9 @@ def work(text: str) -> None:
     fleet = Fleet(load_base(folder, dtype="bfloat16", device="cpu"), seeds, rows=rows, row_tokens=tokens)
     print("ready", flush=True)
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         losses = fleet.step()
-        print(json.dumps([time.perf_counter() - began, losses]), flush=True)
+        print(json.dumps([time.perf_counter() - began, time.process_time() - busy, losses]), flush=True)
 
 
 if __name__ == "__main__":
