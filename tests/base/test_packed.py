@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora.base.frozen import FrozenModel
-from manylora.base.packing.layers import PackedLinear, pack_module, put_module
+from manylora.base.packing.linear import PackedLinear, pack_module, put_module
 from manylora.quant import PACKINGS
 
 ROWS, COLUMNS = 96, 64

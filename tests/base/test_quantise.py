@@ -20,7 +20,7 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.load import load_base, load_dense
 from manylora.base.packing.folder import quantise_folder
-from manylora.base.packing.layers import PackedLinear
+from manylora.base.packing.linear import PackedLinear
 from manylora.base.packing.quantise import PackReport, load_packing, packer
 from manylora.errors import BaseBroken, ConfigError, OutputExists, UnknownName
 from manylora.quant import PACKINGS

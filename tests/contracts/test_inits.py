@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
-from manylora.base.packing.layers import pack_module, put_module
+from manylora.base.packing.linear import pack_module, put_module
 from manylora.errors import AdapterBroken, BaseMismatch, BaseNotFound, SpecError
 from manylora.methods import METHODS
 from manylora.methods.inits import INITS

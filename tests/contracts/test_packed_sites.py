@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
-from manylora.base.packing.layers import pack_module
+from manylora.base.packing.linear import pack_module
 from manylora.methods import METHODS
 from manylora.ops.low_rank import reference
 from manylora.quant import PACKINGS

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manylora.base.packing.layers import PackedLinear
+from manylora.base.packing.linear import PackedLinear
 from manylora.errors import SiteNotFound, nearest_names
 from manylora.types import Site, SiteKind
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manylora.base.language import LanguageBase
-from manylora.base.packing.layers import pack_module, put_module
+from manylora.base.packing.linear import pack_module, put_module
 from manylora.base.packing.quantise import choose_sites, packer
 from manylora.base.sites import find_sites
 from manylora.quant import backend

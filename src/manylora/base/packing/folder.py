@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from manylora.base.auto import auto_class_of
 from manylora.base.fingerprint import content_digest, folder_fingerprint, read_header, weight_files
 from manylora.base.load import base_name, check_quantize, find_base, load_dense, reading
-from manylora.base.packing.layers import PackedLinear
+from manylora.base.packing.linear import PackedLinear
 from manylora.base.packing.quantise import Pack, PackReport, load_packing, packer
 from manylora.base.packing.stored import METHOD, VERSION
 from manylora.errors import ConfigError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from manylora.base.fingerprint import named_weight_files
 from manylora.base.packing.bitsandbytes import stored_weights
-from manylora.base.packing.layers import pack_module, packable, put_module
+from manylora.base.packing.linear import pack_module, packable, put_module
 from manylora.base.packing.stored import METHOD, Stored
 from manylora.base.sites import find_sites
 from manylora.base.skeleton import NotOneToOne, Skeleton
