@@ -15,9 +15,17 @@ os.environ.pop("MANYLORA_DEBUG", None)
 # Workers share the cores: one thread each, and in the processes that their tests start.
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1))
 
+# A Python that a test starts runs the sitecustomize.py there, which refuses connections beyond this machine too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent / "support" / "process"), os.environ.get("PYTHONPATH")])
+)
+
+import network
 import pytest
-from guards import no_network, unwritten_is_nan
+from guards import unwritten_is_nan
 from hypothesis import settings
+
+network.forbid()
 
 # By default fewer examples: `make test-all` takes them all.
 settings.register_profile("default", max_examples=50, deadline=None)
@@ -49,10 +57,12 @@ def _threads() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_network() -> Iterator[None]:
-    with no_network():
-        yield
+@pytest.fixture(autouse=True)
+def _no_connection_was_refused() -> Iterator[None]:
+    """A test fails that asked for another machine, even where the code swallowed the refusal."""
+    network.refused.clear()
+    yield
+    assert not network.refused, f"connections beyond this machine were asked for: {', '.join(network.refused)}"
 
 
 @pytest.fixture(autouse=True)
