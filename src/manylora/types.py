@@ -27,17 +27,70 @@ Packing = Literal["positions", "mask", "none"]
 """What keeps the sequences of a packed row apart: positions that restart, a mask of tokens x tokens, or nothing can: a
 row holds one sequence."""
 
-SiteKind = Literal["linear", "conv1d", "embedding", "module"]
+
+class SiteKind(Protocol):
+    """What a site is as a map, and how its weight and its low-rank factors lie.
+
+    A weight of any layout is a matrix (out, in) to whoever reads, packs or changes it: `as_map`; what comes of it goes
+    back by `as_own`.
+    """
+
+    name: str
+    """As it stands in receipts."""
+    maps: bool
+    """Whether it has a matrix (out, in), and so low-rank factors; a whole copy can adapt any other."""
+    product: bool
+    """Whether its output is items (..., in) times the matrix, plus a bias: part of `all-linear`, and may be packed."""
+    transposed: bool
+    """Whether the weight lies as (in, out)."""
+    drops_input: bool
+    """Whether dropout applies to the input of its low-rank branch."""
+    zero_factor: str
+    """The factor that is zero at a plain start: b, or a where a table's rows are looked up in it."""
+    stored: Mapping[str, str]
+    """The ends of the keys under which PEFT stores its factors."""
+    stored_dims: int
+    """How many dimensions a factor has there, which tells kinds of the same keys apart."""
+
+    def recognises(self, module: nn.Module) -> bool | None:
+        """None: the module is not of this kind; else whether its class is the textbook one, whose backward is known."""
+        ...
+
+    def as_map(self, weight: Tensor) -> Tensor:
+        """A weight in the module's own layout as (out, in); a view where it can be."""
+        ...
+
+    def as_own(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `as_map`, for a weight of `shape`."""
+        ...
+
+    def out_in(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of the map of a weight of `shape`."""
+        ...
+
+    def factor_shapes(self, shape: tuple[int, ...], rank: int) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of a and b for a weight of `shape`; flattened to two dimensions they are (R, in) and (out, R)."""
+        ...
+
+    def items(self, x: Tensor) -> Tensor:
+        """The site's input, items first: the unit that `Segment` counts in."""
+        ...
+
+    def num_items(self, x: Tensor) -> int:
+        """How many items the input holds."""
+        ...
+
+    def low_rank(self, items: Tensor, a: Tensor, b: Tensor, scale: float, module: nn.Module) -> Tensor:
+        """s B A of some items, in plain autograd, items first."""
+        ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Site:
     """A map inside the base that may be adapted.
 
-    `kind` is `linear` (weight (O, I)), `conv1d` (transformers' transposed linear, weight (I, O)), `embedding` (weight
-    (V, D)) or `module` (anything else that owns parameters: a norm, a convolution; only a whole copy can adapt it).
-    `textbook` says that the module's class is the textbook one. `tied_to` names the site that owns the same weight and
-    comes first.
+    `kind` says what map it is (`base.kinds`). `textbook` says that the module's class is the textbook one. `tied_to`
+    names the site that owns the same weight and comes first.
     """
 
     name: str
@@ -78,16 +131,14 @@ class Site:
                 allowed="weights that stay, or that a forward of the module's own brings (accelerate's hooks)",
                 next_step="load the base without offloading, or in fewer bits (quantize: nf4)",
             )
-        weight = weight if dtype is None else weight.to(dtype)
-        return weight.t() if self.kind in ("conv1d", "embedding") else weight
+        return self.kind.as_map(weight if dtype is None else weight.to(dtype))
 
     @property
     def out_in(self) -> tuple[int, int]:
-        """Rows and columns of the map: (O, I); (D, V) for an embedding."""
+        """Rows and columns of the map, (out, in): (O, I) of a linear one, (D, V) of an embedding."""
         if self.packed is not None:
             return self.packed.shape
-        rows, columns = self.module.get_parameter("weight").shape
-        return (columns, rows) if self.kind in ("conv1d", "embedding") else (rows, columns)
+        return self.kind.out_in(tuple(self.module.get_parameter("weight").shape))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter that the module owns, in its own layout; a packed weight counts as one."""
@@ -95,14 +146,18 @@ class Site:
         if self.packed is None:
             return own
         rows, columns = self.packed.shape
-        return {"weight": (columns, rows) if self.kind == "conv1d" else (rows, columns)} | own
+        return {"weight": (columns, rows) if self.kind.transposed else (rows, columns)} | own
+
+    def own_layout(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) as the module's weight lies."""
+        return self.kind.as_own(matrix, self.shapes()["weight"])
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that the module owns, in its own layout; a packed weight is unpacked."""
         own = {name: parameter.detach() for name, parameter in self.module.named_parameters(recurse=False)}
         if self.packed is None:
             return own
-        return {"weight": self.weight().t() if self.kind == "conv1d" else self.weight()} | own
+        return {"weight": self.own_layout(self.weight())} | own
 
     def map(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's own output, by the module's own code and whatever it brought."""
@@ -192,10 +247,19 @@ class Method(Protocol):
     """How a few small tensors change one frozen map. Never touches the base: others share it."""
 
     name: str
-    kinds: tuple[SiteKind, ...]
-    """The kinds of site that it can stand on."""
     replaces: bool
     """Whether its output replaces the base's, so that the base product may be left out."""
+    factored: bool
+    """Whether it has factors a and b, and so a rank and a scale."""
+    low_rank: bool
+    """Whether its change of a weight is s B A of its factors and nothing else: what may be added up, cut, and stored in
+    few bits."""
+    peft: Mapping[str, Any] | None
+    """The settings that mark its folders among PEFT's adapters of low rank; None: PEFT keeps it as a copied module."""
+
+    def adapts(self, kind: SiteKind) -> bool:
+        """Whether it can stand on a site of this kind."""
+        ...
 
     def num_items(self, site: Site, x: Tensor) -> int:
         """How many items the site's input holds, in the unit that `Segment` counts in."""
@@ -217,6 +281,25 @@ class Method(Protocol):
         self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
     ) -> Factors:
         """Fresh factors; `original` gives the site's weight (out, in) as it was before any packing."""
+        ...
+
+    def product(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """Its a and b as matrices (R, in) and (out, R), of a method that is `factored`."""
+        ...
+
+    def of_product(self, a: Tensor, b: Tensor, like: Factors) -> Factors:
+        """Factors with these matrices (R, in) and (out, R), of any rank, and all else as in `like`."""
+        ...
+
+    def plain(self, factors: Factors, spec: AdapterSpec) -> Factors:
+        """The same map without anchors, and on the grid where factors are used there, so that other tools compute it.
+
+        Its rank may be another one.
+        """
+        ...
+
+    def stored(self, kind: SiteKind) -> Mapping[str, str]:
+        """By tensor, the end of the key under which a folder of PEFT's holds it, for a site of this kind."""
         ...
 
     def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:

@@ -79,7 +79,7 @@ def test_tied_weights_are_found(llama: FrozenModel) -> None:
 def test_gpt2s_conv1d_is_a_site_with_its_weight_as_out_in() -> None:
     base = FrozenModel(AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)))
     site = base.sites["transformer.h.0.attn.c_attn"]
-    assert site.kind == "conv1d"
+    assert site.kind.name == "conv1d"
     assert site.out_in == (48, 16)
 
 

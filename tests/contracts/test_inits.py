@@ -435,7 +435,7 @@ def test_loftq_fits_what_packing_lost_and_leaves_the_base_alone() -> None:
 def test_a_site_that_was_left_dense_starts_by_default_under_loftq() -> None:
     base = tiny()
     adapter = Adapter.new(base, AdapterSpec(rank=4, init="loftq", sites=("all-linear", "embed_tokens")), seed=1)
-    name = next(name for name, site in base.sites.items() if site.kind == "embedding")
+    name = next(name for name, site in base.sites.items() if site.kind.name == "embedding")
     default = Adapter.new(base, AdapterSpec(rank=4, sites=("embed_tokens",)), seed=1)
     assert all(
         torch.equal(value, default.factors[name].tensors[key]) for key, value in adapter.factors[name].tensors.items()

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from manylora.base.kinds.linear import LINEAR
 from manylora.ops.dropout import dropout_mask
 from manylora.ops.groups import LEAST_UNIT, LONGEST_COPIED, PADDED_RATIO, blocks
 from manylora.ops.low_rank import low_rank, low_rank_together, reference
 from manylora.types import Runs, Segment, Site, Stack, Use
 
 COLUMNS, ROWS = 6, 5
-SITE = Site("site", "linear", nn.Linear(COLUMNS, ROWS).double().requires_grad_(False), textbook=True)
+SITE = Site("site", LINEAR, nn.Linear(COLUMNS, ROWS).double().requires_grad_(False), textbook=True)
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def test_sites_of_one_input_give_what_autograd_gives_of_each(of_sites: list, row
     for number, own in enumerate(of_sites):
         torch.manual_seed(number)
         module = nn.Linear(COLUMNS, ROWS + number, bias=number == 1).double().requires_grad_(False)
-        site = Site(f"site {number}", "linear", module, textbook=True)
+        site = Site(f"site {number}", LINEAR, module, textbook=True)
         made = [stack_of(own[index], 10 * number + index, site=site) for index in reached]
         stacks += made
         sites.append((site, [Use(stack, run) for stack, run in zip(made, runs, strict=True)]))
@@ -199,7 +200,7 @@ def test_sites_of_one_input_give_what_autograd_gives_of_each(of_sites: list, row
 def test_what_factors_are_cast_to_is_kept_where_it_is_smaller(dtype: torch.dtype, kept: int) -> None:
     """In bfloat16 the masters are read once; in their own dtype nothing is copied."""
     stack = stack_of(Kind(2, (2, 2)), 1, torch.float32)
-    site = Site("site", "linear", nn.Linear(COLUMNS, ROWS, dtype=dtype).requires_grad_(False), textbook=True)
+    site = Site("site", LINEAR, nn.Linear(COLUMNS, ROWS, dtype=dtype).requires_grad_(False), textbook=True)
     uses, items = uses_of([stack], [(0, 0, 4), (0, 1, 4)])
     saved: list[Tensor] = []
 
@@ -356,7 +357,7 @@ def test_members_with_several_rows_take_as_many_products_as_one() -> None:
 def test_a_member_in_bfloat16_has_the_bits_that_it_has_alone(spread: str) -> None:
     """Each group of a batched product is computed as it would be by itself, up to the order of a sum."""
     linear = nn.Linear(64, 48, bias=False).bfloat16().requires_grad_(False)
-    site = Site("site", "linear", linear, textbook=True)
+    site = Site("site", LINEAR, linear, textbook=True)
     stack = stack_of(Kind(8, (8, 8, 8)), 2, torch.float32, site)
     rows = {
         "even": [(0, 0, 16), (0, 1, 16), (0, 2, 16)],

@@ -14,13 +14,11 @@ from manylora.adapters.peft.config import task_type_of
 from manylora.base.original import Originals
 from manylora.base.sites import match_sites
 from manylora.errors import SpecError
-from manylora.methods import METHODS
+from manylora.methods import METHODS, WHOLE_COPY
 from manylora.methods.inits import INITS
 from manylora.ops.dropout import mix, site_key
-from manylora.ops.low_rank import widened
-from manylora.ops.rounding import fake_quantised
 from manylora.spec import AdapterSpec
-from manylora.types import Factors, Site, SiteKind
+from manylora.types import Factors, Site
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
@@ -37,8 +35,8 @@ class Adapter:
     receipt: Mapping[str, Any] = field(default_factory=dict)
     capped: Mapping[str, int] = field(default_factory=dict)
     """Sites whose own size held the rank below what was asked, and the rank they got."""
-    kinds: Mapping[str, SiteKind] = field(default_factory=dict)
-    """Low-rank sites that are no plain linear map, and what they are."""
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    """Low-rank sites that are no plain linear map, and what they are, by the names of `base.kinds`."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Names in `spec.full_sites` without factors of their own, and the site whose copy they share."""
     task_type: str | None = None
@@ -66,7 +64,7 @@ class Adapter:
             if site.tied_to in full:
                 continue  # tied weights that are both copied share the copy of the first
             generator = torch.Generator().manual_seed(mix(seed, site_key(name)) >> 1)
-            factors[name] = METHODS.get("full").init(site, 0, resolved, generator, partial(originals.weight, site))
+            factors[name] = METHODS.get(WHOLE_COPY).init(site, 0, resolved, generator, partial(originals.weight, site))
         resolved = replace(
             resolved, sites=tuple(s.name for s in picked), exclude=(), layers=None, full_sites=tuple(full)
         )
@@ -76,7 +74,7 @@ class Adapter:
             base.name,
             base.fingerprint,
             capped=capped,
-            kinds={site.name: site.kind for site in picked if site.kind != "linear"},
+            kinds={site.name: site.kind.name for site in picked if site.kind.name != "linear"},
             tied={
                 name: site.tied_to for name, site in full.items() if site.tied_to is not None and site.tied_to in full
             },
@@ -119,7 +117,7 @@ class Adapter:
         for name, own in factors.items():
             if METHODS.get(own.method).rank(own) != resolved.rank_at(name):
                 resolved = resolved.with_rank_at(name, METHODS.get(own.method).rank(own))
-        kinds: dict[str, SiteKind] = {n: base.sites[n].kind for n in factors if base.sites[n].kind != "linear"}
+        kinds = {n: base.sites[n].kind.name for n in factors if base.sites[n].kind.name != "linear"}
         task_type = task_type_of(base.model, base.sites, ())
         return cls(resolved, factors, base.name, base.fingerprint, kinds=kinds, task_type=task_type)
 
@@ -129,31 +127,28 @@ class Adapter:
         Semantics: `B A - B0 A0 = [B - B0, B0] [A; A - A0]`, the scale kept. Other tools compute this without anchors;
         [B, -B0] [A; A0] would be the same map, and in few bits the difference of two large products.
         """
-        if self.spec.quantize is not None:
-            return self._on_grid()
-        anchored = [name for name, own in self.factors.items() if own.anchors]
-        if not anchored:
+        if self.spec.quantize is None and not any(own.anchors for own in self.factors.values()):
             return self
-        factors, spec = dict(self.factors), replace(self.spec, init="default")
-        for name in anchored:
-            own = factors[name]
-            a, b = widened(own.tensors["a"], own.tensors["b"], own.anchors["a"], own.anchors["b"])
-            factors[name] = Factors(own.method, {"a": a, "b": b})
-        if len(anchored) == len(spec.sites):
-            spec = spec.with_ranks_times(2)
+        factors, spec = dict(self.factors), replace(self.spec, quantize=None)
+        grown: dict[str, int] = {}
+        for name, own in self.factors.items():
+            method = METHODS.get(own.method)
+            factors[name] = method.plain(own, self.spec)
+            if (rank := method.rank(factors[name])) != method.rank(own):
+                grown[name] = rank
+        if grown:
+            spec = replace(spec, init="default")
+        times = {rank // spec.rank_at(name) for name, rank in grown.items()}
+        if len(grown) == len(spec.sites) and len(times) == 1:
+            spec = spec.with_ranks_times(times.pop())
         else:
-            for name in anchored:
-                spec = spec.with_rank_at(name, 2 * spec.rank_at(name))
+            for name, rank in grown.items():
+                spec = spec.with_rank_at(name, rank)
         return replace(self, spec=spec, factors=factors)
 
-    def _on_grid(self) -> Adapter:
-        """The factors as they were used: compressed by the same scheme, they lose nothing."""
-        factors = dict(self.factors)
-        for name in self.spec.sites:
-            own = factors[name].tensors
-            a, b = fake_quantised(own["a"], own["b"], self.spec.quantize)
-            factors[name] = Factors(factors[name].method, {"a": a, "b": b})
-        return replace(self, spec=replace(self.spec, quantize=None), factors=factors)
+    def kind_at(self, site: str) -> str:
+        """The name of the kind of map that a low-rank site is."""
+        return self.kinds.get(site, "linear")
 
     def num_parameters(self) -> int:
         """Trained numbers."""
@@ -172,7 +167,7 @@ def _resolve(base: FrozenModel, spec: AdapterSpec) -> tuple[list[Site], dict[str
     if not spec.sites and full:
         picked: list[Site] = []
     else:
-        picked = match_sites(base.sites, spec.sites, exclude=spec.exclude, layers=spec.layers, kinds=method.kinds)
+        picked = match_sites(base.sites, spec.sites, exclude=spec.exclude, layers=spec.layers, adapts=method.adapts)
     if method.replaces:
         full |= {site.name: site for site in picked}
         picked = []

@@ -208,7 +208,7 @@ class Bank:
             )
         for name, factors in adapter.factors.items():
             method, site = METHODS.get(factors.method), known[name]
-            if site.kind not in method.kinds:
+            if not method.adapts(site.kind):
                 raise BaseMismatch(f"{name!r} is a {type(site.module).__name__}, which {factors.method} cannot adapt")
             shapes = method.stack_shapes(site, 0)
             for key, tensor in factors.tensors.items():

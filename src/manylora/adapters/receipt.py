@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manylora.errors import AdapterBroken, BaseMismatch
 from manylora.files import file_digest
+from manylora.methods import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,8 +32,8 @@ def make_receipt(adapter: Adapter, base: FrozenModel | None, tensors: Path, copi
     sites: dict[str, dict[str, Any]] = {}
     for name, factors in adapter.factors.items():
         sites[name] = {"method": factors.method}
-        if factors.method == "lora":
-            sites[name] |= {"rank": factors.tensors["a"].shape[0], "scale": spec.scale(name)}
+        if rank := METHODS.get(factors.method).rank(factors):
+            sites[name] |= {"rank": rank, "scale": spec.scale(name)}
         if name in adapter.kinds:
             sites[name]["kind"] = adapter.kinds[name]
     receipt: dict[str, Any] = {
@@ -93,7 +94,7 @@ def check_scales(receipt: Mapping[str, Any], adapter: Adapter, where: str) -> No
         AdapterBroken: the config was edited after the receipt was written.
     """
     for name, said in receipt.get("sites", {}).items():
-        if said.get("method") != "lora":
+        if "scale" not in said:
             continue
         scale = adapter.spec.scale(name)
         if abs(scale - said["scale"]) > 1e-9 * abs(said["scale"]):

@@ -42,7 +42,7 @@ class Originals:
                 next_step="choose another adapter.init; this one needs the weight before packing",
             )
         weight = self._files.read(found)
-        weight = weight.t() if site.kind == "conv1d" else weight
+        weight = site.kind.as_map(weight)
         if tuple(weight.shape) != site.out_in:
             raise BaseBroken(f"{found!r} of the original weights is {tuple(weight.shape)}", allowed=str(site.out_in))
         return weight

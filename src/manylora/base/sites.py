@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manylora.base.kinds import KINDS
 from manylora.base.packing.linear import PackedLinear
 from manylora.errors import SiteNotFound, nearest_names
 from manylora.types import Site, SiteKind
@@ -19,16 +20,12 @@ GROUPS = ("all-linear", "everything")
 
 def _kind(module: nn.Module) -> tuple[SiteKind, bool]:
     """The kind of a module that owns parameters, and whether its class is the textbook one."""
-    if isinstance(module, PackedLinear):
-        return "conv1d" if module.transposed else "linear", True
-    if isinstance(module, nn.Linear):
-        return "linear", type(module).forward is nn.Linear.forward
-    if isinstance(module, nn.Embedding):
-        return "embedding", type(module).forward is nn.Embedding.forward
-    # Compared by name: importing transformers costs seconds, and a plain torch model never needs it.
-    if any(cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D" for cls in type(module).__mro__):
-        return "conv1d", type(module).__name__ == "Conv1D"
-    return "module", False
+    for name in KINDS:
+        kind = KINDS.get(name)
+        textbook = kind.recognises(module)
+        if textbook is not None:
+            return kind, textbook
+    raise TypeError(f"no kind of site recognises a {type(module).__name__}")
 
 
 def find_sites(model: nn.Module, head: nn.Module | None = None) -> dict[str, Site]:
@@ -78,12 +75,12 @@ def match_sites(
     *,
     exclude: Sequence[str] = (),
     layers: Sequence[int] | None = None,
-    kinds: Sequence[SiteKind] = ("linear", "conv1d", "embedding", "module"),
+    adapts: Callable[[SiteKind], bool] = lambda kind: True,
 ) -> list[Site]:
     """The sites that the patterns name, in the base's order.
 
-    `all-linear` is every linear and conv1d site but the output head; `everything` is every site. A site that is named
-    but whose kind is not in `kinds` is an error, unless a group named it.
+    `all-linear` is every site that is a product with a matrix, but the output head; `everything` is every site. A site
+    that is named but whose kind nobody `adapts` is an error, unless a group named it.
 
     Raises:
         SiteNotFound: a pattern that matches nothing, with near names; or everything that matched was excluded.
@@ -91,21 +88,21 @@ def match_sites(
     picked: dict[str, Site] = {}
     for pattern in patterns:
         if pattern == "all-linear":
-            found = [site for site in sites.values() if site.kind in ("linear", "conv1d") and not site.is_head]
+            found = [site for site in sites.values() if site.kind.product and not site.is_head]
         elif pattern == "everything":
-            found = [site for site in sites.values() if site.kind in kinds]
+            found = [site for site in sites.values() if adapts(site.kind)]
         else:
             matches = _matcher(pattern)
             found = [site for site in sites.values() if matches(site.name)]
-            wrong = [site for site in found if site.kind not in kinds]
-            if wrong and not [site for site in found if site.kind in kinds]:
+            wrong = [site for site in found if not adapts(site.kind)]
+            if wrong and not [site for site in found if adapts(site.kind)]:
                 raise SiteNotFound(
-                    f"{pattern!r} names {wrong[0].name!r}, a {type(wrong[0].module).__name__}, "
-                    "which this method cannot adapt",
-                    allowed=f"sites of kind {', '.join(kinds)}",
+                    f"{pattern!r} names {wrong[0].name!r}, {_described(wrong[0].module)}, which this method cannot "
+                    "adapt",
+                    allowed=f"sites of kind {', '.join(name for name in KINDS if adapts(KINDS.get(name)))}",
                     next_step="train a copy of it: add it to full_sites",
                 )
-            found = [site for site in found if site.kind in kinds]
+            found = [site for site in found if adapts(site.kind)]
         if not found:
             raise _nothing_matches(sites, pattern)
         picked.update((site.name, site) for site in found)
@@ -131,6 +128,12 @@ def match_sites(
     return [site for name, site in sites.items() if name in picked]
 
 
+def _described(module: nn.Module) -> str:
+    """A module as torch prints it, where that is a line: what sets it apart may be one of its settings."""
+    whole = repr(module)
+    return f"a {type(module).__name__}" if "\n" in whole else f"a {whole}"
+
+
 def _nothing_matches(sites: dict[str, Site], pattern: str) -> SiteNotFound:
     endings: dict[str, int] = {}
     for name in sites:
@@ -138,7 +141,7 @@ def _nothing_matches(sites: dict[str, Site], pattern: str) -> SiteNotFound:
         endings[ending] = endings.get(ending, 0) + 1
     plain = pattern.removeprefix("re:").strip("*.")
     near = nearest_names(plain.rsplit(".", 1)[-1], [*endings, *GROUPS])
-    linear = sum(site.kind in ("linear", "conv1d") for site in sites.values())
+    linear = sum(site.kind.product for site in sites.values())
     return SiteNotFound(
         f"no site matches {pattern!r} ({linear} linear sites in this base)",
         nearest=[f"{name} ({endings[name]})" if name in endings else name for name in near],

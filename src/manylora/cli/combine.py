@@ -42,13 +42,14 @@ def combine(
     """Combine several adapters into one."""
     from manylora.adapters.adapter import Adapter
     from manylora.adapters.combine.combined import combine as combine_adapters
+    from manylora.adapters.combine.combined import needs_base
     from manylora.base.load import load_base
     from manylora.files import refuse_occupied
 
     refuse_occupied(output)
     loaded = [Adapter.load(folder) for folder in adapters]
     name = base
-    if name is None and any(own.method == "full" for adapter in loaded for own in adapter.factors.values()):
+    if name is None and needs_base(loaded):
         name = loaded[0].base_name or None
     template = adapters[0] / "chat_template.jinja"
     opened = None

@@ -156,7 +156,7 @@ def _base(output: Output, name: str, sites: bool, dtype: str, trust_remote_code:
 
 def _site(site: Site, format_name: str | None) -> dict[str, Any]:
     shapes = list(site.shapes().values())
-    kind = f"{site.kind}, head" if site.is_head else site.kind
+    kind = f"{site.kind.name}, head" if site.is_head else site.kind.name
     kind = f"{kind}, tied to {site.tied_to}" if site.tied_to else kind
     kind = f"{kind}, {format_name}" if format_name is not None else kind
     shape = " x ".join(map(str, shapes[0]))
@@ -172,11 +172,13 @@ def _by_ending(sites: list[dict[str, Any]]) -> list[tuple[str, str, str, int, in
 
 def _adapter(output: Output, folder: Path, sites: bool) -> dict[str, Any]:
     from manylora.adapters.adapter import Adapter
+    from manylora.methods import METHODS
 
     adapter = Adapter.load(folder)
     spec = adapter.spec
-    low_rank = {name: factors for name, factors in adapter.factors.items() if factors.method == "lora"}
-    ranks = Counter(factors.tensors["a"].shape[0] for factors in low_rank.values())
+    ranks_at = {name: METHODS.get(factors.method).rank(factors) for name, factors in adapter.factors.items()}
+    low_rank = {name: rank for name, rank in ranks_at.items() if rank}
+    ranks = Counter(low_rank.values())
     scales = sorted({round(spec.scale(name), 6) for name in low_rank})
     facts: dict[str, Any] = {
         "adapter": str(folder),

@@ -3,6 +3,9 @@
 from manylora.table import Table
 from manylora.types import Method
 
+WHOLE_COPY = "full"
+"""The method of `spec.full_sites`."""
+
 METHODS: Table[Method] = Table(
     "method",
     {

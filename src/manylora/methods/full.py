@@ -23,8 +23,13 @@ class Full:
     """
 
     name = "full"
-    kinds: tuple[SiteKind, ...] = ("linear", "conv1d", "embedding", "module")
     replaces = True
+    factored = False
+    low_rank = False
+    peft: Mapping[str, Any] | None = None
+
+    def adapts(self, kind: SiteKind) -> bool:
+        return True
 
     def num_items(self, site: Site, x: Tensor) -> int:
         return x.shape[0]
@@ -46,6 +51,18 @@ class Full:
             master = value.to("cpu", torch.promote_types(value.dtype, torch.float32))
             copies[name] = master.clone(memory_format=torch.contiguous_format)
         return Factors(self.name, copies)
+
+    def product(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        raise TypeError("a whole copy has no factors a and b")
+
+    def of_product(self, a: Tensor, b: Tensor, like: Factors) -> Factors:
+        raise TypeError("a whole copy has no factors a and b")
+
+    def plain(self, factors: Factors, spec: AdapterSpec) -> Factors:
+        return factors
+
+    def stored(self, kind: SiteKind) -> Mapping[str, str]:
+        return {}
 
     def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:
         own = site.parameters()

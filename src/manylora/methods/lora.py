@@ -6,29 +6,35 @@ Source: LoRA (2106.09685), section 4; scale rules: spec.AdapterSpec.scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from manylora.errors import SpecError
 from manylora.methods.inits import INITS
 from manylora.methods.inits.init import Start
-from manylora.ops.low_rank import low_rank, low_rank_together, widened
+from manylora.ops.low_rank import low_rank, low_rank_together, segment_mask, widened
 from manylora.ops.rounding import fake_quantised
 from manylora.spec import AdapterSpec
-from manylora.types import Factors, Site, SiteKind, Use
+from manylora.types import Factors, Segment, Site, SiteKind, Stack, Use
 
 
 class Lora:
     """Factors a (R, I) and b (O, R); for an embedding a (R, V) and b (D, R)."""
 
     name = "lora"
-    kinds: tuple[SiteKind, ...] = ("linear", "conv1d", "embedding")
     replaces = False
+    factored = True
+    low_rank = True
+    peft: Mapping[str, Any] | None = {}
+
+    def adapts(self, kind: SiteKind) -> bool:
+        return kind.maps
 
     def num_items(self, site: Site, x: Tensor) -> int:
-        return x.numel() if site.kind == "embedding" else x.numel() // x.shape[-1]
+        return site.kind.num_items(x)
 
     def rank(self, factors: Factors) -> int:
         return factors.tensors["a"].shape[0]
@@ -38,8 +44,7 @@ class Lora:
         return 1 << (factors.tensors["a"].shape[0] - 1).bit_length()
 
     def stack_shapes(self, site: Site, shape_class: int) -> Mapping[str, tuple[int, ...]]:
-        rows, columns = site.out_in
-        return {"a": (shape_class, columns), "b": (rows, shape_class)}
+        return site.kind.factor_shapes(site.shapes()["weight"], shape_class)
 
     def init(
         self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
@@ -50,55 +55,84 @@ class Lora:
                 f"rank {rank} at {site.name!r}, a map of {rows} x {columns}", allowed=f"1 to {min(rows, columns)}"
             )
         init = INITS.get(spec.init)
-        a, b = (factor.cpu() for factor in init.draw(Start(site, rank, spec.scale(site.name), generator, original)))
+        shapes = site.kind.factor_shapes(site.shapes()["weight"], rank)
+        drawn = init.draw(Start(site, rank, spec.scale(site.name), generator, original))
+        a, b = (factor.cpu().reshape(shapes[name]) for name, factor in zip("ab", drawn, strict=True))
         anchors = {"a": a.clone(), "b": b.clone()} if init.anchored else {}
         return Factors(self.name, {"a": a, "b": b}, anchors)
 
+    def product(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        return factors.tensors["a"].flatten(1), factors.tensors["b"].flatten(1)
+
+    def of_product(self, a: Tensor, b: Tensor, like: Factors) -> Factors:
+        shapes = {name: tensor.shape for name, tensor in like.tensors.items()}
+        made = {"a": a.reshape(-1, *shapes["a"][1:]), "b": b.reshape(len(b), -1, *shapes["b"][2:])}
+        return replace(like, tensors=dict(like.tensors) | made, anchors={})
+
+    def plain(self, factors: Factors, spec: AdapterSpec) -> Factors:
+        return self.of_product(*used(factors, spec.quantize), like=factors)
+
+    def stored(self, kind: SiteKind) -> Mapping[str, str]:
+        return kind.stored
+
     def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:
-        a, b = factors.tensors["a"], factors.tensors["b"]
-        if factors.anchors:
-            a, b = widened(a, b, factors.anchors["a"], factors.anchors["b"])
-        else:
-            a, b = fake_quantised(a, b, spec.quantize)
-        change = spec.scale(site.name) * (b @ a)
-        return {"weight": change.t() if site.kind in ("conv1d", "embedding") else change}
+        a, b = used(factors, spec.quantize)
+        return {"weight": site.own_layout(spec.scale(site.name) * (b @ a))}
 
     def forward(
         self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]
     ) -> Tensor:
-        if site.kind == "embedding":
-            return self._embed(x, site.map(x, *extra[0], **extra[1]) if y is None else y, site, uses)
+        if not site.kind.product:
+            return self._by_segment(x, site.map(x, *extra[0], **extra[1]) if y is None else y, site, uses)
         if y is None and site.plain:
             return low_rank(x, site, uses, with_base=True, extra=extra)
         y = site.map(x, *extra[0], **extra[1]) if y is None else y
         return y + low_rank(x, site, uses, with_base=False).to(y.dtype)
 
     def together(self, x: Tensor, sites: Sequence[tuple[Site, Sequence[Use]]]) -> Sequence[Tensor] | None:
-        if all(site.plain and site.kind != "embedding" for site, _ in sites):
+        if all(site.plain and site.kind.product for site, _ in sites):
             return low_rank_together(x, sites)
         return None
 
     @staticmethod
-    def _embed(tokens: Tensor, y: Tensor, site: Site, uses: Sequence[Use]) -> Tensor:
-        """The update of an embedding: rows of A^T looked up by token, then B. Dropout does not apply, as in PEFT."""
-        flat, out = tokens.reshape(-1), y.reshape(tokens.numel(), -1)
-        scale_own = getattr(site.module, "embed_scale", None)
+    def _by_segment(x: Tensor, y: Tensor, site: Site, uses: Sequence[Use]) -> Tensor:
+        """The update of a map that is no product of items with a matrix, segment by segment, in autograd."""
+        items = site.kind.items(x)
+        out = y.reshape(len(items), -1)
         for use in uses:
             pieces, reached = [], 0
             for segment in use.runs.segments:
-                a, b = use.stack.tensors["a"][segment.place], use.stack.tensors["b"][segment.place]
-                if use.stack.anchors:
-                    a, b = widened(a, b, use.stack.anchors["a"][segment.place], use.stack.anchors["b"][segment.place])
-                else:
-                    a, b = fake_quantised(a, b, use.stack.rounding)
-                found = functional.embedding(flat[segment.start : segment.stop], a.t())
-                update = use.stack.scales[segment.place] * (found @ b.t())
-                if scale_own is not None:
-                    update = update * scale_own
-                pieces += [out[reached : segment.start], out[segment.start : segment.stop] + update.to(out.dtype)]
+                part = items[segment.start : segment.stop]
+                if site.kind.drops_input:
+                    part = _dropped(part, segment, use.stack)
+                a, b = _factors_at(use.stack, segment.place)
+                update = site.kind.low_rank(part, a, b, use.stack.scales[segment.place], site.module)
+                update = update.reshape(len(part), -1).to(out.dtype)
+                pieces += [out[reached : segment.start], out[segment.start : segment.stop] + update]
                 reached = segment.stop
             out = torch.cat([*pieces, out[reached:]])
         return out.view(y.shape)
+
+
+def used(factors: Factors, quantize: str | None) -> tuple[Tensor, Tensor]:
+    """The matrices (R, in) and (out, R) whose product the factors amount to, as they are used."""
+    a, b = factors.tensors["a"].flatten(1), factors.tensors["b"].flatten(1)
+    if factors.anchors:
+        return widened(a, b, factors.anchors["a"].flatten(1), factors.anchors["b"].flatten(1))
+    return fake_quantised(a, b, quantize)
+
+
+def _factors_at(stack: Stack, place: int) -> tuple[Tensor, Tensor]:
+    """What one place's factors are used as, in the shapes that the site's kind gives them."""
+    tensors, anchors = ({n: t[place] for n, t in held.items()} for held in (stack.tensors, stack.anchors))
+    a, b = used(Factors(stack.method, tensors, anchors), stack.rounding)
+    return a.reshape(-1, *tensors["a"].shape[1:]), b.reshape(len(b), -1, *tensors["b"].shape[2:])
+
+
+def _dropped(items: Tensor, segment: Segment, stack: Stack) -> Tensor:
+    """Items after the dropout of their rows."""
+    mask = segment_mask(segment, stack, items.flatten(1))
+    return items if mask is None else items * mask.view(items.shape)
 
 
 LORA = Lora()

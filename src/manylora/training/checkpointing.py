@@ -99,7 +99,7 @@ class _LayerForward:
         self.stand_in: StandIn
         sites = {name: owner.base.sites[name] for name in layer.sites}
         self.sites = tuple(sites.values())
-        linear = [site.module for site in self.sites if site.plain and site.kind in ("linear", "conv1d")]
+        linear = [site.module for site in self.sites if site.plain and site.kind.product]
         self.products = Products(tuple(linear))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

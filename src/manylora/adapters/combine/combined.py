@@ -16,8 +16,9 @@ from manylora.adapters.combine.change import Change, Combining, Dense, LowRank, 
 from manylora.adapters.combine.ways import COMBININGS
 from manylora.adapters.receipt import check_receipt
 from manylora.errors import AdapterBroken, BaseMismatch, SpecError
+from manylora.methods import METHODS, WHOLE_COPY
 from manylora.spec import AdapterSpec
-from manylora.types import Factors, SiteKind
+from manylora.types import Factors
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
@@ -88,6 +89,11 @@ def combine(
     return Combined(_adapter(factors, plain, kinds, tied), tuple(losses))
 
 
+def needs_base(adapters: Sequence[Adapter]) -> bool:
+    """Whether some change is only known beside the base."""
+    return not all(METHODS.get(own.method).low_rank for adapter in adapters for own in adapter.factors.values())
+
+
 def _check_options(way: Combining, given: Mapping[str, float | int]) -> None:
     for name, value in given.items():
         if name not in way.takes:
@@ -135,33 +141,35 @@ def _tied(adapters: Sequence[Adapter]) -> dict[str, str]:
     return tied
 
 
-def _kinds(adapters: Sequence[Adapter]) -> dict[str, SiteKind]:
+def _kinds(adapters: Sequence[Adapter]) -> dict[str, str]:
     return {name: kind for adapter in adapters for name, kind in adapter.kinds.items()}
 
 
 def _site(
     name: str, adapters: Sequence[Adapter], shares: Sequence[float], way: Combining, rank: int | None, density: float,
-    seed: int, kind: SiteKind | None, base: FrozenModel | None,
+    seed: int, kind: str | None, base: FrozenModel | None,
 ) -> tuple[Factors, SiteLoss]:  # fmt: skip
     """The combined factors of one site."""
     members = [place for place, adapter in enumerate(adapters) if name in adapter.factors]
     held = [adapters[place].factors[name] for place in members]
     weights = [shares[place] for place in members]
-    if any(own.method == "full" for own in held):
+    if not all(METHODS.get(own.method).low_rank for own in held):
         return _full_site(name, adapters, members, weights, way, density, seed, base)
     changes: list[Change] = []
     for place, own in zip(members, held, strict=True):
-        a, b = own.tensors["a"].float(), own.tensors["b"].float()
+        a, b = (factor.float() for factor in METHODS.get(own.method).product(own))
         changes.append(LowRank(a, adapters[place].spec.scale(name) * b))
-    _check_shapes(name, [(change.b.shape[0], change.a.shape[1]) for change in changes if isinstance(change, LowRank)])
+    sides = [(change.b.shape[0], change.a.shape[1]) for change in changes if isinstance(change, LowRank)]
+    _check_shapes(name, sides)
     combined = way(changes, weights, members, Options(density, seed, f"{name}.weight"))
-    most = min(own_side for own in held for own_side in (own.tensors["b"].shape[0], own.tensors["a"].shape[1]))
+    most = min(sides[0])
     if way.exact and isinstance(combined, LowRank) and combined.a.shape[0] <= most:
         low, lost = combined, 0.0
     else:
-        wanted = most if way.exact else rank or max(own.tensors["a"].shape[0] for own in held)
+        wanted = most if way.exact else rank or max(METHODS.get(own.method).rank(own) for own in held)
         low, lost = truncated(combined, min(wanted, most))
-    return Factors("lora", {"a": low.a, "b": low.b}), SiteLoss(name, low.a.shape[0], lost)
+    method = METHODS.get(held[0].method)
+    return method.of_product(low.a, low.b, like=held[0]), SiteLoss(name, low.a.shape[0], lost)
 
 
 def _check_shapes(name: str, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -180,7 +188,7 @@ def _full_site(
     """The combined whole copy of one site: the base's parameters and the combined change of each."""
     if base is None:
         raise BaseMismatch(
-            f"an adapter holds a whole copy of {name!r}, and its change is only known beside the base",
+            f"an adapter holds {name!r} by a method whose change is only known beside the base (a whole copy, dora)",
             next_step="give the base: --base B",
         )
     site = base.sites.get(name)
@@ -190,12 +198,7 @@ def _full_site(
     by_key: dict[str, list[tuple[int, float, Tensor]]] = {}
     for place, weight in zip(members, weights, strict=True):
         held = adapters[place].factors[name]
-        if held.method == "full":
-            found = {key: value - own[key] for key, value in held.tensors.items()}
-        else:
-            delta = adapters[place].spec.scale(name) * held.tensors["b"] @ held.tensors["a"]
-            found = {"weight": delta.t() if site.kind in ("conv1d", "embedding") else delta}
-        for key, value in found.items():
+        for key, value in METHODS.get(held.method).delta(site, held, adapters[place].spec).items():
             _check_shapes(f"{name}.{key}", [tuple(own[key].shape), tuple(value.shape)])
             by_key.setdefault(key, []).append((place, weight, value))
     copies = dict(own)
@@ -203,19 +206,20 @@ def _full_site(
         options = Options(density, seed, f"{name}.{key}")
         change = way([Dense(v) for _, _, v in entries], [w for _, w, _ in entries], [p for p, _, _ in entries], options)
         copies[key] = own[key] + change.dense()
-    return Factors("full", copies), SiteLoss(name, None, 0.0)
+    return Factors(WHOLE_COPY, copies), SiteLoss(name, None, 0.0)
 
 
 def _adapter(
-    factors: Mapping[str, Factors], adapters: Sequence[Adapter], kinds: Mapping[str, SiteKind], tied: Mapping[str, str]
+    factors: Mapping[str, Factors], adapters: Sequence[Adapter], kinds: Mapping[str, str], tied: Mapping[str, str]
 ) -> Adapter:
     """The factors as an ordinary adapter: scale 1 everywhere, the commonest rank as its own."""
-    ranks = {name: own.tensors["a"].shape[0] for name, own in factors.items() if own.method == "lora"}
+    ranks = {name: rank for name, own in factors.items() if (rank := METHODS.get(own.method).rank(own))}
     common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     odd = {re.escape(name): rank for name, rank in ranks.items() if rank != common}
-    full = [name for name, own in factors.items() if own.method == "full"]
+    full = [name for name in factors if name not in ranks]
+    methods = {factors[name].method for name in ranks} or {WHOLE_COPY}
     spec = AdapterSpec(
-        method="lora" if ranks else "full", rank=common, alpha=float(common), sites=tuple(ranks),
+        method=methods.pop(), rank=common, alpha=float(common), sites=tuple(ranks),
         full_sites=(*full, *tied), rank_pattern=odd, alpha_pattern={key: float(rank) for key, rank in odd.items()},
     )  # fmt: skip
     first = adapters[0]

@@ -24,6 +24,7 @@ from manylora.adapters.peft.config import TENSORS_FILE
 from manylora.adapters.receipt import check_receipt
 from manylora.errors import CompressRefused, ConfigError, nearest_names
 from manylora.files import refuse_occupied
+from manylora.methods import METHODS
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
@@ -62,7 +63,7 @@ def compress(
     source = None if isinstance(adapter, Adapter) else Path(adapter)
     original = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
     made = reduced(original, recipe)
-    before = sum(own.num_parameters() for own in original.plain().factors.values() if own.method == "lora")
+    before = sum(own.num_parameters() for own in original.plain().factors.values() if METHODS.get(own.method).low_rank)
     report = replace(report_of(made, before, _bytes_of(original, source)), max_kl=max_kl)
     if base is not None:
         report = _measured(report, base, original, made, probes)

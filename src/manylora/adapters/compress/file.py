@@ -9,6 +9,7 @@ without such an ending is stored as it is.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ def write_coded(
     path: Path,
     scheme: str,
     settings: Mapping[str, Any],
-    coded: Mapping[str, tuple[tuple[int, int], Mapping[str, Tensor]]],
+    coded: Mapping[str, tuple[tuple[int, ...], Mapping[str, Tensor]]],
     plain: Mapping[str, Tensor],
 ) -> None:
     """Write codes by PEFT's key, each with the shape of what they stand for, and tensors that stay as they are."""
@@ -57,13 +58,14 @@ def read_coded(path: Path) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     scheme = SCHEMES.get(header["scheme"])
     found: dict[str, Tensor] = {}
-    for key, (rows, columns) in header["shapes"].items():
+    for key, shape in header["shapes"].items():
+        rows, columns = shape[0], math.prod(shape[1:])
         own = {name: stored.pop(name) for name in list(stored) if name.startswith(f"{key}.")}
         parts = {name.removeprefix(f"{key}."): value for name, value in own.items()}
         is_b = _IS_B.fullmatch(key) is not None
         size = (columns, rows) if is_b else (rows, columns)
         values = scheme.decode(Part(f"{key!r} in {path}", *size, parts), header["settings"])
-        found[key] = values.t().contiguous() if is_b else values
+        found[key] = (values.t().contiguous() if is_b else values).view(shape)
     twice = [key for key in stored if key in found]
     if twice:
         raise AdapterBroken(f"{path} holds {twice[0]!r} both coded and plain")
@@ -76,8 +78,8 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
         known = header["version"] == _VERSION and header["scheme"] in SCHEMES
         whole = isinstance(header["settings"], dict) and all(
             isinstance(size, int) and size > 0
-            for rows, columns in header["shapes"].values()
-            for size in (rows, columns)
+            for shape in header["shapes"].values()
+            for size in (*shape, len(shape) - 1)
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise AdapterBroken(

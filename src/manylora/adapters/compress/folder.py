@@ -17,8 +17,10 @@ from manylora.adapters.compress.reduce import Reduced
 from manylora.adapters.compress.schemes import SCHEMES
 from manylora.adapters.peft.config import CONFIG_FILE, PREFIX, TENSORS_FILE
 from manylora.adapters.receipt import RECEIPT_FILE
+from manylora.base.kinds import KINDS
 from manylora.errors import AdapterBroken
 from manylora.files import file_digest, refuse_occupied, write_folder_atomic
+from manylora.methods import METHODS
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
@@ -60,11 +62,10 @@ def _code(made: Reduced, folder: Path) -> None:
     tensors = load_file(folder / TENSORS_FILE)
     coded = {}
     for site, parts in made.coded.items():
-        for letter, part in zip("AB", parts, strict=True):
-            keys = (f"{PREFIX}{site}.lora_{letter}.weight", f"{PREFIX}{site}.lora_embedding_{letter}")
-            key = next(key for key in keys if key in tensors)
-            rows, columns = tensors.pop(key).shape
-            coded[key] = ((rows, columns), part)
+        ends = METHODS.get(made.adapter.factors[site].method).stored(KINDS.get(made.adapter.kind_at(site)))
+        for name, part in zip("ab", parts, strict=True):
+            key = f"{PREFIX}{site}.{ends[name]}"
+            coded[key] = (tuple(tensors.pop(key).shape), part)
     write_coded(folder / COMPRESSED_FILE, recipe.scheme, settings, coded, tensors)
     (folder / TENSORS_FILE).unlink()
     receipt = json.loads((folder / RECEIPT_FILE).read_text(encoding="utf-8"))

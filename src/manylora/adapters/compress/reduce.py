@@ -17,8 +17,8 @@ from manylora.adapters.compress.schemes import SCHEMES
 from manylora.adapters.compress.spectrum import components, count_for, difference_norm, halves, product_norm
 from manylora.adapters.compress.split import RHO
 from manylora.errors import AdapterBroken, ConfigError
+from manylora.methods import METHODS
 from manylora.spec import AdapterSpec
-from manylora.types import Factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,7 @@ def reduced(adapter: Adapter, recipe: Recipe) -> Reduced:
     lost, whole, factor_bytes = 0.0, 0.0, 0
     for name in names:
         own = factors[name]
-        a, b = own.tensors["a"], own.tensors["b"]
+        a, b = METHODS.get(own.method).product(own)
         if recipe.scheme is None:
             new_a, new_b = (value.float() for value in _cut(a, b, recipe))
             size = new_a.nbytes + new_b.nbytes
@@ -119,8 +119,9 @@ def reduced(adapter: Adapter, recipe: Recipe) -> Reduced:
         bits = 8 * size / (new_a.numel() + new_b.numel())
         losses.append(SiteLoss(name, a.shape[0], new_a.shape[0], off / norm if norm else None, bits))
         lost, whole, factor_bytes = lost + off**2, whole + norm**2, factor_bytes + size
-        factors[name] = Factors(own.method, {"a": new_a, "b": new_b})
-    spec = _with_ranks(adapter.spec, {name: factors[name].tensors["a"].shape[0] for name in names})
+        factors[name] = METHODS.get(own.method).of_product(new_a, new_b, like=own)
+    ranks = {name: METHODS.get(factors[name].method).rank(factors[name]) for name in names}
+    spec = _with_ranks(adapter.spec, ranks)
     copies = [value for name, own in factors.items() if name not in names for value in own.tensors.values()]
     return Reduced(
         recipe,
@@ -135,12 +136,15 @@ def reduced(adapter: Adapter, recipe: Recipe) -> Reduced:
 
 
 def _low_rank(adapter: Adapter) -> list[str]:
-    strange = [(name, own.method) for name, own in adapter.factors.items() if own.method not in ("lora", "full")]
-    if strange:
-        raise AdapterBroken(
-            f"{strange[0][0]!r} has factors of the method {strange[0][1]!r}", allowed="lora and full are compressed"
-        )
-    names = [name for name, own in adapter.factors.items() if own.method == "lora"]
+    for name, own in adapter.factors.items():
+        method = METHODS.get(own.method)
+        if method.factored and not method.low_rank:
+            raise AdapterBroken(
+                f"{name!r} has factors of the method {own.method!r}, whose change is more than their product",
+                allowed=", ".join(known for known in METHODS if METHODS.get(known).low_rank),
+                next_step="merge it instead: manylora merge ADAPTER --into bf16 --output DIR",
+            )
+    names = [name for name, own in adapter.factors.items() if METHODS.get(own.method).low_rank]
     if not names:
         raise AdapterBroken(
             "the adapter has no low-rank factors, so there is nothing to compress", allowed="an adapter with factors"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manylora.adapters.adapter import Adapter
 from manylora.errors import AdapterBroken, BaseMismatch
+from manylora.methods import METHODS
 
 
 class Exporter(Protocol):
@@ -30,13 +31,16 @@ def low_rank_factors(adapter: Adapter, engine: str) -> dict[str, tuple[Tensor, T
     """
     found = {}
     for name, own in adapter.factors.items():
-        if own.method != "lora":
+        method = METHODS.get(own.method)
+        if not method.low_rank or any(tensor.dim() != 2 for tensor in own.tensors.values()):
+            what = "a whole copy" if not method.factored else f"of the method {own.method} on a {adapter.kind_at(name)}"
             raise AdapterBroken(
-                f"{name!r} is a whole copy, which an adapter of {engine} has no place for",
+                f"{name!r} is {what}, which an adapter of {engine} has no place for",
                 allowed="low-rank sites",
                 next_step="merge it instead: manylora merge ADAPTER --into bf16 --output DIR",
             )
-        found[name] = own.tensors["a"].float(), own.tensors["b"].float(), adapter.spec.scale(name)
+        a, b = method.product(own)
+        found[name] = a.float(), b.float(), adapter.spec.scale(name)
     return found
 
 

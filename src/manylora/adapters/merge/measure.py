@@ -127,7 +127,7 @@ class _OtherParameters:
         if site.packed is not None:
             bias = given.get("bias")
             x = args[0] if args else next(iter(kwargs.values()))
-            dense = given["weight"].t() if site.kind == "conv1d" else given["weight"]
+            dense = site.kind.as_map(given["weight"])
             return module.product(x, dense.to(x.device, x.dtype), None if bias is None else bias.to(x.device, x.dtype))
         own = dict(module.named_parameters(recurse=False))
         moved = {name: value.to(own[name].device, own[name].dtype) for name, value in given.items()}

@@ -69,9 +69,7 @@ class Weights:
             value = self.source.read(place)
         wide = value.to(torch.promote_types(value.dtype, torch.float32))
         if self.onto is not None and parameter == "weight" and self.packs(site):
-            across = site.kind == "conv1d"
-            dense = self.onto(site, wide.t().contiguous() if across else wide).to(wide)
-            return dense.t() if across else dense
+            return site.own_layout(self.onto(site, site.kind.as_map(wide).contiguous()).to(wide))
         return wide
 
     def change(self, site: Site) -> Mapping[str, Tensor]:
@@ -107,9 +105,10 @@ class Weights:
             if name in changes:
                 value = value + changes[name].to(value.dtype)
             packs = name == "weight" and self.packs(site)
-            across = packs and site.kind == "conv1d"
-            given = storage.kept(value.t() if across else value, dtype, self.source.main_dtype, packs=packs)
-            kept[name] = given.t() if across else given
+            given = storage.kept(
+                site.kind.as_map(value) if packs else value, dtype, self.source.main_dtype, packs=packs
+            )
+            kept[name] = site.own_layout(given) if packs else given
         return kept
 
     def keeps_all(self, site: Site, storage: Storage) -> bool:

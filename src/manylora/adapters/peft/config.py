@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from manylora.base.kinds import KINDS
 from manylora.errors import AdapterBroken, SpecError
+from manylora.methods import METHODS, WHOLE_COPY
 from manylora.spec import AdapterSpec
 
 if TYPE_CHECKING:
@@ -99,7 +101,8 @@ def under_any(path: str, entries: Iterable[str]) -> bool:
 def config_of(adapter: Adapter) -> dict[str, Any]:
     """The fields of PEFT's `LoraConfig`, as JSON holds them; names of sites are spelled out."""
     spec = adapter.spec
-    low_rank = [name for name, factors in adapter.factors.items() if factors.method == "lora"]
+    low_rank = low_rank_sites(adapter)
+    marks = [METHODS.get(method).peft or {} for method in {adapter.factors[name].method for name in low_rank}]
     return {
         "alora_invocation_tokens": None,
         "alpha_pattern": {key: _number(value) for key, value in spec.alpha_pattern.items()},
@@ -111,7 +114,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "ensure_weight_tying": False,
         "eva_config": None,
         "exclude_modules": None,
-        "fan_in_fan_out": "conv1d" in adapter.kinds.values(),
+        "fan_in_fan_out": any(kind.transposed and kind.product for kind in map(KINDS.get, adapter.kinds.values())),
         "inference_mode": True,
         "init_lora_weights": True,
         "kasa_config": None,
@@ -143,7 +146,19 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "use_qalora": False,
         "use_rslora": spec.scale_rule == "alpha/sqrt(rank)",
         "velora_config": None,
-    }
+    } | {key: value for mark in marks for key, value in mark.items()}
+
+
+def low_rank_sites(adapter: Adapter) -> list[str]:
+    """The sites that have factors, in the adapter's order."""
+    return [name for name, own in adapter.factors.items() if METHODS.get(own.method).factored]
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """The name of the method by which a folder's factors are meant: the one most of whose settings its config has."""
+    marks = {name: mark for name in METHODS if (mark := METHODS.get(name).peft) is not None}
+    fitting = [name for name, mark in marks.items() if all(config.get(key) == value for key, value in mark.items())]
+    return max(fitting, key=lambda name: len(marks[name]))
 
 
 def check_settings(config: Mapping[str, Any], where: str) -> None:
@@ -159,8 +174,9 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
             allowed="LORA",
             next_step="load it with PEFT; its kind is not read here",
         )
+    marks = (METHODS.get(method_of(config)).peft or {}).items()
     for key, value in config.items():
-        if key in _FIXED and value not in _FIXED[key]:
+        if key in _FIXED and value not in _FIXED[key] and (key, value) not in marks:
             raise AdapterBroken(
                 f"{where} sets {key} to {value!r}, which changes what the adapter computes and is not done here",
                 allowed=f"{key}: {_FIXED[key][0]!r}",
@@ -187,7 +203,7 @@ def spec_of(config: Mapping[str, Any], sites: tuple[str, ...], full_sites: tuple
     """
     try:
         return AdapterSpec(
-            method="lora" if sites else "full",
+            method=method_of(config) if sites else WHOLE_COPY,
             rank=config.get("r", 8),
             alpha=float(config.get("lora_alpha", 8)),
             scale_rule="alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank",

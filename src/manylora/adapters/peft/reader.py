@@ -22,18 +22,20 @@ from manylora.adapters.peft.config import (
     TENSORS_FILE,
     check_settings,
     master,
+    method_of,
     spec_of,
     spelled_out,
     under_any,
 )
 from manylora.adapters.receipt import check_scales, read_receipt, samples
+from manylora.base.kinds import KINDS
 from manylora.errors import AdapterBroken
+from manylora.methods import METHODS, WHOLE_COPY
 from manylora.types import Factors, SiteKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_FACTOR = re.compile(r"(?P<site>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?P<weight>\.weight)?")
 _BASE_COPY = re.compile(r"(?P<site>.+)\.base_layer\.(?P<parameter>weight|bias)")
 
 _Tensors = dict[str, dict[str, Tensor]]
@@ -62,8 +64,8 @@ def load_adapter(folder: Path) -> Adapter:
     sites = tuple(_in_order(low_rank, config.get("target_modules")))
     full_sites = tuple(_in_order({**full, **{key_0: {} for key_0 in tied}}, config.get("modules_to_save")))
     spec = spec_of(config, sites, full_sites, str(folder / CONFIG_FILE))
-    factors = {name: Factors("lora", low_rank[name]) for name in sites}
-    factors |= {name: Factors("full", full[name]) for name in full_sites if name in full}
+    factors = {name: Factors(spec.method, low_rank[name]) for name in sites}
+    factors |= {name: Factors(WHOLE_COPY, full[name]) for name in full_sites if name in full}
     said = receipt.get("sites", {})
     if config.get("fan_in_fan_out") or any(site.get("kind") == "conv1d" for site in said.values()):
         conv1d = [
@@ -149,27 +151,29 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _sort_out(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
-) -> tuple[_Tensors, _Tensors, dict[str, SiteKind], dict[str, Any]]:
+) -> tuple[_Tensors, _Tensors, dict[str, str], dict[str, Any]]:
     """The factors by site, the trained copies by site, the kinds that the keys tell, and samples of the base's own."""
     low_rank: _Tensors = {}
     full: _Tensors = {}
-    kinds: dict[str, SiteKind] = {}
+    kinds: dict[str, str] = {}
     frozen: dict[str, Any] = {}
     saved = config.get("modules_to_save") or []
+    ends = _ends(method_of(config))
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
-        factor, copy = _FACTOR.fullmatch(name), _BASE_COPY.fullmatch(name)
+        factor, copy = _factor_of(name, value, ends), _BASE_COPY.fullmatch(name)
         site, _, parameter = name.rpartition(".")
         if name == key:
             raise _unexpected(key, path)
-        if factor and bool(factor["embedding"]) != bool(factor["weight"]):
-            if value.dim() != 2:
+        if factor is not None:
+            owner, tensor, kind = factor
+            if kind is None:
                 raise AdapterBroken(
                     f"{key!r} in {path} has shape {tuple(value.shape)}", allowed="two dimensions: a linear map"
                 )
-            low_rank.setdefault(factor["site"], {})[factor["factor"].lower()] = value
-            if factor["embedding"]:
-                kinds[factor["site"]] = "embedding"
+            low_rank.setdefault(owner, {})[tensor] = value
+            if kind != "linear":
+                kinds[owner] = kind
         elif copy:
             # PEFT adds the base's own embedding to an adapter that stands on it; the bank compares it.
             frozen[f"{copy['site']}.{copy['parameter']}"] = samples(value)
@@ -181,6 +185,27 @@ def _sort_out(
     if lost:
         raise AdapterBroken(f"{path} brings the base's {lost[0]!r} and no factors for it")
     return low_rank, full, kinds, frozen
+
+
+def _ends(method: str) -> list[tuple[str, str, SiteKind]]:
+    """The ends of keys under which a method's tensors are stored, whose tensor each is, at what kind of site."""
+    kinds = [KINDS.get(name) for name in KINDS]
+    return [(end, tensor, kind) for kind in kinds for tensor, end in METHODS.get(method).stored(kind).items()]
+
+
+def _factor_of(name: str, value: Tensor, ends: list[tuple[str, str, SiteKind]]) -> tuple[str, str, str | None] | None:
+    """Site, tensor and the kind of site that a key and a value's dimensions tell; no kind: none has so many.
+
+    None: no factor of the method. What is not one of the product's two factors tells nothing of the kind.
+    """
+    found = [(tensor, kind) for end, tensor, kind in ends if name.endswith(f".{end}")]
+    if not found:
+        return None
+    tensor = found[0][0]
+    site = next(name.removesuffix(f".{end}") for end, _, _ in ends if name.endswith(f".{end}"))
+    if tensor not in found[0][1].stored:
+        return site, tensor, "linear"
+    return site, tensor, next((kind.name for _, kind in found if kind.stored_dims == value.dim()), None)
 
 
 def _unexpected(key: str, path: Path) -> AdapterBroken:
@@ -201,11 +226,13 @@ def _drop_tied(full: _Tensors, tied: Mapping[str, str], path: Path) -> dict[str,
 
 
 def _check_all_there(low_rank: _Tensors, full: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
+    wanted = dict.fromkeys(tensor for _, tensor, _ in _ends(method_of(config)))
     for site, found in low_rank.items():
-        for factor in ("a", "b"):
+        for factor in wanted:
             if factor not in found:
                 raise AdapterBroken(
-                    f"{path} lacks factor {factor.upper()} of {site!r}", next_step="fetch the folder again"
+                    f"{path} lacks {f'factor {factor.upper()}' if len(factor) == 1 else factor} of {site!r}",
+                    next_step="fetch the folder again",
                 )
     gone = [name for name in spelled_out(config) if not any(s == name or s.endswith("." + name) for s in low_rank)]
     if gone:
@@ -220,7 +247,8 @@ def _check_all_there(low_rank: _Tensors, full: Mapping[str, Any], config: Mappin
 
 def _check_ranks(adapter: Adapter, path: Path) -> None:
     for name in adapter.spec.sites:
-        a, b = adapter.factors[name].tensors["a"], adapter.factors[name].tensors["b"]
+        own = adapter.factors[name]
+        a, b = METHODS.get(own.method).product(own)
         rank = adapter.spec.rank_at(name)
         for letter, shape, found in (("A", a.shape, a.shape[0]), ("B", b.shape, b.shape[1])):
             if found != rank:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
-from manylora.adapters.peft.config import CONFIG_FILE, PREFIX, TENSORS_FILE, config_of, master
+from manylora.adapters.peft.config import CONFIG_FILE, PREFIX, TENSORS_FILE, config_of, low_rank_sites, master
 from manylora.adapters.peft.reader import load_adapter
 from manylora.adapters.receipt import RECEIPT_FILE, check_base, make_receipt
+from manylora.base.kinds import KINDS
 from manylora.errors import AdapterBroken, BaseMismatch, nearest_names
 from manylora.files import refuse_occupied, write_folder_atomic
+from manylora.methods import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,12 +66,11 @@ def fold_scale(adapter: Adapter) -> Adapter:
     """The same map with the scale inside B and alpha equal to the rank, so that no reader can get it wrong."""
     adapter = adapter.plain()
     spec = adapter.spec
-    factors = {
-        name: replace(own, tensors={"a": own.tensors["a"], "b": spec.scale(name) * own.tensors["b"]})
-        if own.method == "lora"
-        else own
-        for name, own in adapter.factors.items()
-    }
+    factors = dict(adapter.factors)
+    for name in low_rank_sites(adapter):
+        method = METHODS.get(factors[name].method)
+        a, b = method.product(factors[name])
+        factors[name] = method.of_product(a, spec.scale(name) * b, like=factors[name])
     alphas = {pattern: float(rank) for pattern, rank in spec.rank_pattern.items()}
     folded = replace(spec, alpha=float(spec.rank), scale_rule="alpha/rank", alpha_pattern=alphas)
     return replace(adapter, spec=folded, factors=factors)
@@ -81,22 +82,16 @@ def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         raise AdapterBroken("the adapter has no factors, so there is nothing to save")
     tensors: dict[str, Tensor] = {}
     for name, factors in adapter.factors.items():
-        if factors.method == "lora":
-            a, b = factors.tensors["a"], factors.tensors["b"]
-            rank = adapter.spec.rank_at(name)
-            if not a.shape[0] == b.shape[1] == rank:
-                raise AdapterBroken(
-                    f"{name!r} has factors of rank {a.shape[0]} and {b.shape[1]}, and its spec says {rank}"
-                )
-            ending = "lora_embedding_{}" if adapter.kinds.get(name) == "embedding" else "lora_{}.weight"
-            tensors |= {f"{PREFIX}{name}.{ending.format('A')}": a, f"{PREFIX}{name}.{ending.format('B')}": b}
-        elif factors.method == "full":
+        method = METHODS.get(factors.method)
+        if not method.factored:
             names = [name, *(other for other, owner in adapter.tied.items() if owner == name)]
             tensors |= {_key(path, key): value for path in names for key, value in factors.tensors.items()}
-        else:
-            raise AdapterBroken(
-                f"PEFT's folder has no place for the method {factors.method!r} of {name!r}", allowed="lora, full"
-            )
+            continue
+        (a, b), rank = method.product(factors), adapter.spec.rank_at(name)
+        if not a.shape[0] == b.shape[1] == rank:
+            raise AdapterBroken(f"{name!r} has factors of rank {a.shape[0]} and {b.shape[1]}, and its spec says {rank}")
+        ends = method.stored(KINDS.get(adapter.kind_at(name)))
+        tensors |= {f"{PREFIX}{name}.{ends[key]}": value for key, value in factors.tensors.items()}
     return {key: master(value) for key, value in tensors.items()}
 
 
@@ -127,7 +122,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _card(adapter: Adapter) -> str:
     """The model card: what hubs read at the top, and how to open the folder."""
     spec, base_name = adapter.spec, adapter.base_name or "unknown"
-    low_rank = [name for name, factors in adapter.factors.items() if factors.method == "lora"]
+    low_rank = low_rank_sites(adapter)
     base_line = f"base_model: {json.dumps(adapter.base_name)}\n" if adapter.base_name else ""
     about = (
         f"- {len(low_rank)} low-rank sites, rank {spec.rank}, alpha {spec.alpha:g}, scale {spec.scale_rule}\n"

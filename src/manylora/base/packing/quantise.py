@@ -112,7 +112,7 @@ def choose_sites(model: Any, in_float32: Callable[[str], bool]) -> tuple[list[Si
     chosen: list[Site] = []
     left: dict[str, str] = {}
     for site in sites.values():
-        if site.kind not in ("linear", "conv1d"):
+        if not site.kind.product:
             continue
         if site.is_head:
             left[site.name] = "the head"
@@ -179,7 +179,7 @@ def load_stored(
     of_weight = {f"{site.name}.weight": site for site in sites}
     for target, weight in weights.items():
         packed, site = weight.read().to(device), of_weight.pop(target, None)
-        rows_columns = packed.shape if site is None or site.kind == "linear" else packed.shape[::-1]
+        rows_columns = packed.shape[::-1] if site is not None and site.kind.transposed else packed.shape
         if target not in skeleton or tuple(rows_columns) != skeleton.shape(target):
             raise BaseBroken(f"{target!r} is packed with the shape {packed.shape}, which this model has not")
         if site is None:
@@ -263,7 +263,7 @@ def _pack_site(
 ) -> None:
     """Put a packed layer in a site's place; `dtype` None: it computes in the weight's own."""
     before = weight.numel() * weight.element_size()
-    packed = pack(site.name, weight.t().contiguous() if site.kind == "conv1d" else weight)
+    packed = pack(site.name, site.kind.as_map(weight).contiguous())
     report.count(packed, before)
     put_module(model, site.name, pack_module(site.module, packed, dtype or weight.dtype))
     if before >= GIVE_BACK_BYTES and weight.device.type == "cpu":

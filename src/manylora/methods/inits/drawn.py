@@ -16,7 +16,7 @@ def default(start: Start) -> tuple[Tensor, Tensor]:
     Source: loralib and PEFT, `kaiming_uniform_(a=sqrt(5))`, whose bound is 1/sqrt(fan_in).
     """
     rows, columns = start.site.out_in
-    if start.site.kind == "embedding":
+    if start.site.kind.zero_factor == "a":
         return torch.zeros(start.rank, columns), torch.randn(rows, start.rank, generator=start.generator)
     bound = 1 / math.sqrt(columns)
     a = (torch.rand(start.rank, columns, generator=start.generator) * 2 - 1) * bound
@@ -29,7 +29,7 @@ def gaussian(start: Start) -> tuple[Tensor, Tensor]:
     Source: PEFT, `init_lora_weights="gaussian"`.
     """
     (rows, columns), rank = start.site.out_in, start.rank
-    if start.site.kind == "embedding":
+    if start.site.kind.zero_factor == "a":
         return torch.zeros(rank, columns), torch.randn(rows, rank, generator=start.generator) / rank
     return torch.randn(rank, columns, generator=start.generator) / rank, torch.zeros(rows, rank)
 

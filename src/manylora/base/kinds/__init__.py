@@ -1,0 +1,14 @@
+"""What a site is as a map; one file a kind, one line in this table. The first kind that recognises a module has it."""
+
+from manylora.table import Table
+from manylora.types import SiteKind
+
+KINDS: Table[SiteKind] = Table(
+    "kind of site",
+    {
+        "linear": "manylora.base.kinds.linear:LINEAR",
+        "conv1d": "manylora.base.kinds.linear:CONV1D",
+        "embedding": "manylora.base.kinds.embedding:EMBEDDING",
+        "module": "manylora.base.kinds.module:MODULE",
+    },
+)
