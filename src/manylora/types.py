@@ -172,7 +172,7 @@ class Site:
 class Factors:
     """One method's small tensors at one site: for `lora` a (R, I) and b (O, R), for `full` a copy per parameter.
 
-    `anchors`, by the same names, are frozen copies of where an init started them; what they amount to is taken off
+    `anchors`, by some of the same names, are frozen copies of where an init started them; what they amount to is taken off
     again, so that factors that start away from zero still start at the base. {}: the factors stand alone.
     """
 
@@ -185,13 +185,13 @@ class Factors:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Stack:
     """The factors of several slots at one site, by one method and of one shape class.
 
     `tensors[name]` is (P, ...): one place per slot that adapts this site, zero-padded to the class's rank. The tensors
-    are float32 leaves that require gradients. `anchors`, of the same names and shapes, do not; they are there for all
-    places or for none, so that slots without anchors pay nothing. `rounding` names the grid of `ops.rounding` on which
+    are float32 leaves that require gradients. `anchors`, of some of their names and the same shapes, do not; they are
+    there for all places or for none, so that slots without anchors pay nothing. `rounding` names the grid of `ops.rounding` on which
     low-rank factors are used, None: as they are. `states` are an optimiser's, under names of its own; they come and
     go with the places. `slots[p]` is the slot that owns place p (-1: free), `ranks[p]`, `scales[p]` and `dropouts[p]`
     are its rank, its factor s and its dropout probability.

@@ -163,6 +163,12 @@ def _resolve(base: FrozenModel, spec: AdapterSpec) -> tuple[list[Site], dict[str
             f"quantize is {spec.quantize!r}, and init {spec.init!r} keeps its start as anchors, on no grid",
             next_step="choose init default or gaussian, or compress the adapter once it is trained",
         )
+    if spec.quantize is not None and method.factored and not method.low_rank:
+        raise SpecError(
+            f"quantize is {spec.quantize!r}, and an adapter of the method {spec.method!r} is not stored in few bits",
+            allowed=", ".join(name for name in METHODS if METHODS.get(name).low_rank),
+            next_step="leave adapter.quantize out",
+        )
     full = {site.name: site for site in _full_sites(base, spec)}
     if not spec.sites and full:
         picked: list[Site] = []

@@ -222,7 +222,7 @@ class Bank:
                     )
             if factors.anchors:
                 found = {key: tuple(tensor.shape) for key, tensor in factors.anchors.items()}
-                wanted = {key: tuple(tensor.shape) for key, tensor in factors.tensors.items()}
+                wanted = {key: tuple(factors.tensors[key].shape) for key in found if key in factors.tensors}
                 if found != wanted:
                     raise AdapterBroken(f"the anchors at {name!r} have shapes {found}", allowed=str(wanted))
             rank = method.rank(factors)
@@ -254,7 +254,7 @@ class Bank:
             stack.dropouts.append(0.0)
             for name, shape in method.stack_shapes(site, shape_class).items():
                 stack.tensors[name] = self._grown(stack.tensors.get(name), shape).requires_grad_()
-                if factors.anchors:
+                if name in factors.anchors:
                     stack.anchors[name] = self._grown(stack.anchors.get(name), shape)
         stack.slots[place] = slot
         stack.ranks[place] = method.rank(factors)
