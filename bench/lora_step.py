@@ -92,7 +92,7 @@ class Job:
 
     def __init__(
         self, place: Path, *, layers: int, vocabulary: int, dtype: str, rows: int, steps: int,
-        quantize: str | None = None, double: bool = True, threads: int = 2, alone: bool = False,
+        quantize: str | None = None, double: bool = True, threads: int = 2, alone: bool = False, method: str = "lora",
     ):  # fmt: skip
         """`alone`: no peer takes part, so the adapter is a fresh one and nothing is written for them."""
         place.mkdir(parents=True)
@@ -102,7 +102,7 @@ class Job:
         self.peers: dict[str, Any] = {
             "base": str(base), "dtype": dtype, "quantize": quantize, "double": double, "rank": RANK, "alpha": ALPHA,
             "adapter": str(place / "adapter"), "file": str(place / "rows.npz"), "learning_rate": RATE,
-            "weight_decay": DECAY, "gradients": str(place / "theirs.safetensors"),
+            "weight_decay": DECAY, "gradients": str(place / "theirs.safetensors"), "method": method,
         }  # fmt: skip
         self.config: dict[str, Any] = {
             "base": str(base), "dtype": dtype, "quantize": quantize, "device": "cpu",

@@ -48,7 +48,7 @@ def adapter(settings: dict[str, Any], gate: Gate) -> dict[str, Any]:
 
     torch.manual_seed(0)
     spec = LoraConfig(r=settings["rank"], lora_alpha=settings["alpha"], target_modules="all-linear",
-                      task_type="CAUSAL_LM")  # fmt: skip
+                      use_dora=settings.get("method") == "dora", task_type="CAUSAL_LM")  # fmt: skip
     model: Any = get_peft_model(base_of({**settings, "quantize": None}), spec)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -85,7 +85,8 @@ def gradients(settings: dict[str, Any], gate: Gate) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             site = name.removeprefix("base_model.model.").removesuffix(".default.weight")
-            site = site.replace(".lora_A", ".a").replace(".lora_B", ".b")
+            for theirs, own in (("lora_A", "a"), ("lora_B", "b"), ("lora_magnitude_vector", "magnitude")):
+                site = site.replace(f".{theirs}", f".{own}")
             named[site] = parameter.grad.float().contiguous()
     save_file(named, settings["gradients"])
     return {"loss": float(found)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,18 +13,43 @@ from torch import Tensor, nn
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
+from manylora.base.kinds import KINDS
 from manylora.errors import RouteError
 from manylora.methods import METHODS
 from manylora.methods.inits import INITS
+from manylora.ops.gain import Gain
+from manylora.ops.gain import reference as gain_reference
 from manylora.ops.low_rank import low_rank, reference
 from manylora.spec import AdapterSpec
-from manylora.types import Factors
+from manylora.types import Factors, Site, Use
 
 RANKS = (3, 8, 5)
 # Each method, and a low-rank one from each start that a base without packed weights allows.
-STARTS = [("lora", name) for name in INITS if not INITS.get(name).needs_packed] + [
-    (name, "default") for name in METHODS if name != "lora"
+FACTORED = [name for name in METHODS if METHODS.get(name).factored]
+STARTS = [(method, name) for method in FACTORED for name in INITS if not INITS.get(name).needs_packed] + [
+    (name, "default") for name in METHODS if name not in FACTORED
 ]
+
+
+def lora_in_autograd(x: Tensor, site: Site, uses: Sequence[Use]) -> Tensor:
+    return reference(x, site, uses, site.map)
+
+
+def dora_in_autograd(x: Tensor, site: Site, uses: Sequence[Use]) -> Tensor:
+    """With the norms of the dense matrices."""
+    gains = []
+    for use in uses:
+        held, weight = use.stack, site.weight()
+        products = held.tensors["b"].detach() @ held.tensors["a"].detach()
+        if held.anchors:
+            products = products - held.anchors["b"] @ held.anchors["a"]
+        scales = torch.tensor(held.scales, dtype=weight.dtype)[:, None, None]
+        norms = (weight + scales * products).norm(dim=2)
+        gains.append(Gain(held.tensors["magnitude"], norms, use.runs))
+    return gain_reference(lora_in_autograd(x, site, uses), gains, site.module.bias)
+
+
+IN_AUTOGRAD = {"lora": lora_in_autograd, "dora": dora_in_autograd}
 
 
 def conv1d(columns: int, rows: int) -> nn.Module:
@@ -39,6 +64,13 @@ MODULES = {
     "conv1d": lambda: conv1d(12, 10),
     "embedding": lambda: nn.Embedding(17, 10),
 }
+
+
+KIND_OF = {"linear": "linear", "linear without bias": "linear", "conv1d": "conv1d", "embedding": "embedding"}
+
+
+def adapts(method: str, module: str) -> bool:
+    return METHODS.get(method).adapts(KINDS.get(KIND_OF[module]))
 
 
 class One(nn.Module):
@@ -98,8 +130,9 @@ def filled(kind: str, method: str, dropout: float = 0.0, init: str = "default") 
     return bank
 
 
-@pytest.mark.parametrize(("method", "init"), STARTS)
-@pytest.mark.parametrize("kind", list(MODULES))
+@pytest.mark.parametrize(
+    ("method", "init", "kind"), [(*start, kind) for start in STARTS for kind in MODULES if adapts(start[0], kind)]
+)
 @pytest.mark.parametrize("rows", [(0,), (1, 1), (0, 1, 2), (2, -1, 0, 0, 2, -1), (1, 0, 1, 0), (0, 2)])
 def test_forward_equals_the_map_with_dense_plus_delta(kind: str, method: str, init: str, rows: tuple[int, ...]) -> None:
     bank = filled(kind, method, init=init)
@@ -120,8 +153,15 @@ def test_forward_equals_the_map_with_dense_plus_delta(kind: str, method: str, in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [(0, 0, 0), (0, 1, 2), (1, 0)])
-@pytest.mark.parametrize("kind", list(MODULES))
-@pytest.mark.parametrize(("method", "init"), [pair for pair in STARTS if INITS.get(pair[1]).starts_at_base])
+@pytest.mark.parametrize(
+    ("method", "init", "kind"),
+    [
+        (*start, kind)
+        for start in STARTS
+        for kind in MODULES
+        if adapts(start[0], kind) and INITS.get(start[1]).starts_at_base
+    ],
+)
 def test_a_new_adapter_changes_nothing_to_the_bit(
     kind: str, method: str, init: str, rows: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -153,16 +193,18 @@ def gradients(bank: Bank, x: Tensor, route: tuple, run) -> list[Tensor]:
 
 @pytest.mark.parametrize("rows", [(0, 0, 0), (0, 1, 2), (2, -1, 0, 0, 2, -1), (1, 0, 1, 0)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("init", [init for method, init in STARTS if method == "lora"])
+@pytest.mark.parametrize(("method", "init"), [start for start in STARTS if start[0] in FACTORED])
 @pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d"])
-def test_fused_gradients_equal_float64_autograd(kind: str, init: str, rows: tuple[int, ...], dropout: float) -> None:
-    bank = filled(kind, "lora", dropout, init)
+def test_fused_gradients_equal_float64_autograd(
+    kind: str, method: str, init: str, rows: tuple[int, ...], dropout: float
+) -> None:
+    bank = filled(kind, method, dropout, init)
     site = bank.base.sites["site"]
     x = inputs(kind, len(rows), 5)
     route = (rows, [100 + row for row in range(len(rows))])
 
     def plain(leaf: Tensor) -> Tensor:
-        return reference(leaf, site, [use for _, uses in bank.uses(site, leaf) for use in uses], site.map)
+        return IN_AUTOGRAD[method](leaf, site, [use for _, uses in bank.uses(site, leaf) for use in uses])
 
     fused = gradients(bank, x, route, bank.base.model)
     truth = gradients(bank, x, route, plain)
@@ -173,18 +215,18 @@ def test_fused_gradients_equal_float64_autograd(kind: str, init: str, rows: tupl
             torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("init", [init for method, init in STARTS if method == "lora"])
+@pytest.mark.parametrize(("method", "init"), [start for start in STARTS if start[0] in FACTORED])
 @pytest.mark.parametrize("counts", [(3, 0, 7, 2), (0, 0, 1, 4), (5, 5, 5, 5)])
-def test_ragged_selections_and_empty_rows_have_exact_gradients(counts: tuple[int, ...], init: str) -> None:
+def test_ragged_selections_and_empty_rows_have_exact_gradients(counts: tuple[int, ...], method: str, init: str) -> None:
     from manylora.adapters.bank import Route
 
-    bank = filled("linear", "lora", 0.1, init)
+    bank = filled("linear", method, 0.1, init)
     site = bank.base.sites["site"]
     x = inputs("linear", 1, sum(counts))[0]
     route = (Route((2, 0, -1, 1), (7, 8, 9, 10), counts),)
 
     def plain(leaf: Tensor) -> Tensor:
-        return reference(leaf, site, [use for _, uses in bank.uses(site, leaf) for use in uses], site.map)
+        return IN_AUTOGRAD[method](leaf, site, [use for _, uses in bank.uses(site, leaf) for use in uses])
 
     for got, want in zip(gradients(bank, x, route, bank.base.model), gradients(bank, x, route, plain), strict=True):
         assert (got is None) == (want is None)

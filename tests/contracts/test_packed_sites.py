@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
+from manylora.base.kinds import KINDS
 from manylora.base.packing.linear import pack_module
 from manylora.methods import METHODS
 from manylora.ops.low_rank import reference
@@ -24,7 +25,9 @@ MODULES = {
     "linear without bias": lambda: nn.Linear(COLUMNS, ROWS, bias=False),
     "conv1d": lambda: Conv1D(ROWS, COLUMNS),
 }
-METHOD_NAMES = [name for name in METHODS if {"linear", "conv1d"} <= set(METHODS.get(name).kinds)]
+METHOD_NAMES = [
+    name for name in METHODS if all(METHODS.get(name).adapts(KINDS.get(kind)) for kind in ("linear", "conv1d"))
+]
 
 
 class One(nn.Module):

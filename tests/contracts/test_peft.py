@@ -97,8 +97,8 @@ def filled(adapter: Adapter, seed: int = 3) -> Adapter:
     factors = {}
     for name, own in adapter.factors.items():
         noise = {key: 0.2 * torch.randn(value.shape, generator=generator) for key, value in own.tensors.items()}
-        if own.method == "full":
-            noise = {key: own.tensors[key] + value for key, value in noise.items()}
+        moved = noise if own.method == "full" else {"magnitude"} & set(noise)  # these do not start at zero
+        noise |= {key: own.tensors[key] + noise[key] for key in moved}
         factors[name] = Factors(own.method, noise)
     return replace(adapter, factors=factors)
 
@@ -151,6 +151,13 @@ OURS = {
     "conv1d": ("gpt2", AdapterSpec(rank=4, alpha=8)),
     "conv1d and embeddings": ("gpt2", AdapterSpec(rank=4, alpha=8, sites=("all-linear", "wte", "wpe"))),
     "conv1d full": ("gpt2", AdapterSpec(method="full", sites=("everything",))),
+    "dora": ("llama", AdapterSpec(method="dora", rank=4, alpha=8)),
+    "dora with patterns and a full head": (
+        "llama",
+        AdapterSpec(method="dora", rank=4, alpha=8, rank_pattern={"q_proj": 7}, full_sites=("lm_head", "*norm")),
+    ),
+    "dora of a model with biases": ("bert", AdapterSpec(method="dora", rank=4, alpha=8, exclude=("classifier",))),
+    "dora of conv1d": ("gpt2", AdapterSpec(method="dora", rank=4, alpha=8, scale_rule="alpha/sqrt(rank)")),
     "classifier": ("bert", AdapterSpec(rank=4, alpha=8, full_sites=("classifier",))),
     "a classifier that stays frozen": ("bert", AdapterSpec(rank=4, alpha=8, exclude=("classifier",))),
     "encoder full": ("bert", AdapterSpec(method="full", sites=("everything",))),
@@ -236,6 +243,19 @@ THEIRS = {
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "conv1d and embeddings": ("gpt2", {"target_modules": ["c_attn", "c_fc", "wte", "wpe"]}),
     "conv1d all-linear": ("gpt2", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "dora": ("llama", {"target_modules": "all-linear", "use_dora": True}),
+    "dora, patterns, rslora, copies": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 7},
+            "modules_to_save": ["lm_head"],
+        },
+    ),
+    "dora of conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
+    "dora of a classifier": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS", "use_dora": True}),
     "classifier": ("bert", {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}),
     "sequence classification": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
 }
@@ -249,7 +269,8 @@ def made_by_peft(module: torch.nn.Module, settings: dict, folder) -> torch.Tenso
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+                noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(parameter + noise if "magnitude" in name else noise)
             elif "modules_to_save" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     wrapped.save_pretrained(folder)
@@ -292,7 +313,6 @@ def test_the_copy_of_the_embedding_is_recognised_by_a_bfloat16_base(tmp_path):
 
 
 UNSUPPORTED_BY_PEFT_MADE = {
-    "use_dora": ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora to True"),
     "lora_bias": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias to True"),
     "bias": ({"target_modules": ["q_proj"], "bias": "all"}, "bias to 'all'"),
     "trainable_token_indices": (

@@ -10,6 +10,7 @@ METHODS: Table[Method] = Table(
     "method",
     {
         "lora": "manylora.methods.lora:LORA",
+        "dora": "manylora.methods.dora:DORA",
         "full": "manylora.methods.full:FULL",
     },
 )
