@@ -172,8 +172,8 @@ class Site:
 class Factors:
     """One method's small tensors at one site: for `lora` a (R, I) and b (O, R), for `full` a copy per parameter.
 
-    `anchors`, by some of the same names, are frozen copies of where an init started them; what they amount to is taken off
-    again, so that factors that start away from zero still start at the base. {}: the factors stand alone.
+    `anchors`, by some of the same names, are frozen copies of where an init started them; what they amount to is taken
+    off again, so that factors that start away from zero still start at the base. {}: the factors stand alone.
     """
 
     method: str
@@ -191,10 +191,10 @@ class Stack:
 
     `tensors[name]` is (P, ...): one place per slot that adapts this site, zero-padded to the class's rank. The tensors
     are float32 leaves that require gradients. `anchors`, of some of their names and the same shapes, do not; they are
-    there for all places or for none, so that slots without anchors pay nothing. `rounding` names the grid of `ops.rounding` on which
-    low-rank factors are used, None: as they are. `states` are an optimiser's, under names of its own; they come and
-    go with the places. `slots[p]` is the slot that owns place p (-1: free), `ranks[p]`, `scales[p]` and `dropouts[p]`
-    are its rank, its factor s and its dropout probability.
+    there for all places or for none, so that slots without anchors pay nothing. `rounding` names the grid of
+    `ops.rounding` on which low-rank factors are used, None: as they are. `states` are an optimiser's, under names of
+    its own; they come and go with the places. `slots[p]` is the slot that owns place p (-1: free), `ranks[p]`,
+    `scales[p]` and `dropouts[p]` are its rank, its factor s and its dropout probability.
     """
 
     site: Site
