@@ -9,6 +9,8 @@ KINDS: Table[SiteKind] = Table(
         "linear": "manylora.base.kinds.linear:LINEAR",
         "conv1d": "manylora.base.kinds.linear:CONV1D",
         "embedding": "manylora.base.kinds.embedding:EMBEDDING",
+        "convolution1d": "manylora.base.kinds.convolution:CONVOLUTION1D",
+        "convolution2d": "manylora.base.kinds.convolution:CONVOLUTION2D",
         "module": "manylora.base.kinds.module:MODULE",
     },
 )
