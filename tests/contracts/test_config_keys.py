@@ -61,6 +61,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.rows_per_step": (1, {}),
     "train.accumulate": (2, {}),
     "train.optimizer": ("sgd", {}),
+    "train.optimizer.momentum": (0.5, {"train.optimizer": "sgd"}),
+    "train.optimizer.nesterov": (True, {"train.optimizer": "sgd"}),
     "train.weight_decay": (0.5, {}),
     "train.betas": ([0.5, 0.9], {}),
     "train.epsilon": (1e-2, {}),

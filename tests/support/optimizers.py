@@ -8,7 +8,9 @@ from manylora.settings import read_settings
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import OptimizerSettings
 
-OWN: dict[str, list[dict[str, Any]]] = {}
+OWN: dict[str, list[dict[str, Any]]] = {
+    "sgd": [{"momentum": 0.8, "nesterov": True}, {"nesterov": True}, {"momentum": 0.0}],
+}
 """Settings other than the defaults, by optimiser."""
 
 

@@ -21,7 +21,13 @@ from manylora.base.frozen import FrozenModel
 from manylora.spec import AdapterSpec
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.rule import Rule
-from manylora.training.optim.stacked import SlotUpdate, StackedOptimizer, drop_gradients, gradient_norms
+from manylora.training.optim.stacked import (
+    OptimizerSettings,
+    SlotUpdate,
+    StackedOptimizer,
+    drop_gradients,
+    gradient_norms,
+)
 from manylora.types import Stack
 
 SPECS = (
@@ -98,7 +104,10 @@ def torchs(twins: list[nn.Parameter], update: SlotUpdate, kind: str) -> Callable
     decay, betas = shared.weight_decay, shared.betas
     if name == "adamw":
         return torch.optim.AdamW(twins, lr=rate, weight_decay=decay, betas=betas, eps=shared.epsilon).step
-    made = {"sgd": lambda: torch.optim.SGD(twins, lr=rate, momentum=betas[0])}[name]()
+    own = KINDS[kind][1]
+    made: Any = {
+        "sgd": lambda: torch.optim.SGD(twins, lr=rate, **{"momentum": betas[0], **own}),
+    }[name]()
 
     def step() -> None:
         with torch.no_grad():
@@ -266,6 +275,64 @@ def test_slots_of_equal_settings_are_updated_in_one_call() -> None:
     calls.clear()
     own.step(updates(1, (ALIKE[0], ALIKE[0], UPDATES[2]), [0, 1, 2]), gradient_norms(bank))
     assert calls == [(2 * num_tensors, 1e-2), (num_tensors, 5e-2)]
+
+
+class Factored(Rule):
+    """Steps by the sign, and keeps row sums of matrices and nothing of vectors: state as small as it comes."""
+
+    def state_shapes(self, shape: tuple[int, ...], settings: OptimizerSettings) -> dict[str, tuple[int, ...]]:
+        return {"rows": shape[:1]} if len(shape) == 2 else {}
+
+    def update(self, values: Any, grads: Any, state: Any, settings: SlotUpdate) -> None:
+        matrices = [grad for grad in grads if grad.dim() == 3]
+        for grad, rows in zip(matrices, state.get("rows", []), strict=True):
+            assert rows.shape == grad.shape[:2]
+            rows.add_(grad.sum(2))
+        for value, grad in zip(values, grads, strict=True):
+            value.add_(grad.sign(), alpha=-settings.rate)
+
+
+@pytest.mark.parametrize("chosen", [UPDATES, ALIKE], ids=["mixed", "alike"])
+def test_a_rule_may_keep_less_than_its_tensors_or_nothing(chosen: tuple[dict, ...]) -> None:
+    bank = bank_of(*SPECS)
+    own = StackedOptimizer(bank, Factored())
+    draw_gradients(bank, torch.Generator().manual_seed(1))
+    sums = {slot: [grad.sum(1) for grad in held(bank, slot, lambda t: t.grad) if grad.dim() == 2] for slot in range(3)}
+    free = tuple(one | {"clip_norm": None} for one in chosen)
+    one, settings = updates(1, free, [0, 1, 2]), OptimizerSettings()
+    own.step(one, gradient_norms(bank))
+    bank.clear(0)  # what is left moves up
+    for slot in (1, 2):
+        state = own.slot_state(slot, settings)
+        assert [name.rsplit("|", 2)[1:] for name in state] == [
+            [name, "rows"] for stack, _ in bank.places(slot) for name, t in stack.tensors.items() if t.dim() == 3
+        ]
+        assert all(map(torch.equal, state.values(), sums[slot]))
+        own.reset(slot, settings)
+        assert not any(kept.any() for kept in own.slot_state(slot, settings).values())
+        own.load_slot_state(slot, settings, state)
+        assert all(map(torch.equal, own.slot_state(slot, settings).values(), sums[slot]))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_what_got_no_gradient_is_known_whatever_state_is_kept(kind: str) -> None:
+    bank = bank_of(*SPECS)
+    own, settings = optimizer_of(bank, kind), updates(1, UPDATES, [0], kind)[0].optimizer
+    for slot in range(3):
+        own.reset(slot, settings)
+    for step in (1, 2):
+        draw_gradients(bank, torch.Generator().manual_seed(step))
+        for stack, place in bank.places(1):
+            stack.tensors["a"].grad[place] = 0
+        own.step(updates(step, UPDATES, [0, 1, 2], kind), gradient_norms(bank))
+    found = {slot: [own.moved(stack, place) for stack, place in bank.places(slot)] for slot in range(3)}
+    assert all(moved == {"a": False, "b": True} for moved in found[1])
+    assert all(all(moved.values()) for slot in (0, 2) for moved in found[slot])
+    own.reset(0, settings)
+    assert not any(any(own.moved(stack, place).values()) for stack, place in bank.places(0))
+    own.load_slot_state(1, settings, own.slot_state(1, settings))
+    if own.slot_state(1, settings):
+        assert all(own.moved(stack, place) == {"a": False, "b": True} for stack, place in bank.places(1))
 
 
 class Made(TorchDispatchMode):

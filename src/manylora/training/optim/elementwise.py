@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from manylora.training.optim.rule import Rule
+from manylora.settings import flag, number
+from manylora.training.optim.rule import Rule, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from manylora.training.optim.stacked import SlotUpdate
+    from manylora.training.optim.stacked import OptimizerSettings, SlotUpdate
 
 
 class AdamW(Rule):
@@ -37,22 +39,45 @@ class AdamW(Rule):
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SgdSettings:
+    """What stochastic gradient descent alone can be told."""
+
+    momentum: float | None = number(
+        None, "share of the velocity that each step keeps; null: the first of betas", at_least=0, below=1
+    )
+    nesterov: bool = flag(False, "step from where the velocity leads (Nesterov's momentum)")
+
+    def kept(self, betas: tuple[float, float]) -> float:
+        """The share of the velocity that each step keeps."""
+        return betas[0] if self.momentum is None else self.momentum
+
+
 class Sgd(Rule):
-    """Stochastic gradient descent with momentum.
+    """Stochastic gradient descent with momentum m, undamped: v <- m v + g, w <- w - rate v.
 
-    Momentum is the first of `betas`, undamped: v <- beta v + g, w <- w - rate v.
+    With Nesterov's momentum: w <- w - rate (g + m v).
 
-    Source: torch.optim.SGD with `momentum`.
+    Source: torch.optim.SGD with `momentum` and `nesterov`.
     """
 
+    settings = SgdSettings
     state = ("velocity",)
+
+    def state_shapes(self, shape: Shape, settings: OptimizerSettings) -> Mapping[str, Shape]:
+        return {} if settings.own.momentum == 0 else super().state_shapes(shape, settings)
 
     def update(
         self, values: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], settings: SlotUpdate
     ) -> None:
-        for value, grad, velocity in zip(values, grads, state["velocity"], strict=True):
-            velocity.mul_(settings.optimizer.betas[0]).add_(grad)
-            value.add_(velocity, alpha=-settings.rate)
+        own: SgdSettings = settings.optimizer.own
+        momentum = own.kept(settings.optimizer.betas)
+        velocities = state.get("velocity", grads)
+        for value, grad, velocity in zip(values, grads, velocities, strict=True):
+            if velocity is not grad:
+                velocity.mul_(momentum).add_(grad)
+            change = grad.add_(velocity, alpha=momentum) if own.nesterov else velocity
+            value.add_(change, alpha=-settings.rate)
 
 
 ADAMW = AdamW()
