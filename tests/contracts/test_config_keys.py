@@ -63,6 +63,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.optimizer": ("sgd", {}),
     "train.optimizer.momentum": (0.5, {"train.optimizer": "sgd"}),
     "train.optimizer.nesterov": (True, {"train.optimizer": "sgd"}),
+    "train.optimizer.smoothing": (0.5, {"train.optimizer": "rmsprop"}),
+    "train.optimizer.centered": (True, {"train.optimizer": "rmsprop"}),
     "train.weight_decay": (0.5, {}),
     "train.betas": ([0.5, 0.9], {}),
     "train.epsilon": (1e-2, {}),

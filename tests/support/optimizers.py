@@ -10,6 +10,7 @@ from manylora.training.optim.stacked import OptimizerSettings
 
 OWN: dict[str, list[dict[str, Any]]] = {
     "sgd": [{"momentum": 0.8, "nesterov": True}, {"nesterov": True}, {"momentum": 0.0}],
+    "rmsprop": [{"smoothing": 0.9, "momentum": 0.8, "centered": True}, {"momentum": 0.5}, {"centered": True}],
 }
 """Settings other than the defaults, by optimiser."""
 

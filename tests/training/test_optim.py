@@ -104,9 +104,12 @@ def torchs(twins: list[nn.Parameter], update: SlotUpdate, kind: str) -> Callable
     decay, betas = shared.weight_decay, shared.betas
     if name == "adamw":
         return torch.optim.AdamW(twins, lr=rate, weight_decay=decay, betas=betas, eps=shared.epsilon).step
-    own = KINDS[kind][1]
+    own = dict(KINDS[kind][1])
     made: Any = {
         "sgd": lambda: torch.optim.SGD(twins, lr=rate, **{"momentum": betas[0], **own}),
+        "rmsprop": lambda: torch.optim.RMSprop(
+            twins, lr=rate, eps=shared.epsilon, alpha=own.pop("smoothing", 0.99), **own
+        ),
     }[name]()
 
     def step() -> None:

@@ -80,5 +80,51 @@ class Sgd(Rule):
             value.add_(change, alpha=-settings.rate)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RmspropSettings:
+    """What RMSprop alone can be told."""
+
+    smoothing: float = number(
+        0.99, "share of the average of squares that each step keeps", at_least=0, below=1, elsewhere=("alpha", "rho")
+    )
+    momentum: float = number(0.0, "share of the velocity that each step keeps", at_least=0, below=1)
+    centered: bool = flag(False, "divide by the spread of the gradient, not by its size")
+
+
+class Rmsprop(Rule):
+    """Gradients over the root of a running average of their squares.
+
+    q <- s q + (1 - s) g^2, v <- m v + g / (sqrt(q) + epsilon), w <- w - rate v. Centered: q - c^2 in place of q, with
+    the running average c of g.
+
+    Source: torch.optim.RMSprop (Hinton's lecture; centered: Graves, 1308.0850).
+    """
+
+    settings = RmspropSettings
+
+    def state_shapes(self, shape: Shape, settings: OptimizerSettings) -> Mapping[str, Shape]:
+        own: RmspropSettings = settings.own
+        kept = {"square": True, "mean": own.centered, "velocity": own.momentum > 0}
+        return {name: shape for name, asked in kept.items() if asked}
+
+    def update(
+        self, values: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], settings: SlotUpdate
+    ) -> None:
+        own: RmspropSettings = settings.optimizer.own
+        for place, (value, grad, square) in enumerate(zip(values, grads, state["square"], strict=True)):
+            square.mul_(own.smoothing).addcmul_(grad, grad, value=1 - own.smoothing)
+            if own.centered:
+                mean = state["mean"][place].lerp_(grad, 1 - own.smoothing)
+                # Of a gradient that stays as it is rounding may leave less than nothing.
+                size = square.addcmul(mean, mean, value=-1).clamp_(min=0).sqrt_()
+            else:
+                size = square.sqrt()
+            change = grad.div_(size.add_(settings.optimizer.epsilon))
+            if own.momentum > 0:
+                change = state["velocity"][place].mul_(own.momentum).add_(change)
+            value.add_(change, alpha=-settings.rate)
+
+
 ADAMW = AdamW()
 SGD = Sgd()
+RMSPROP = Rmsprop()
