@@ -65,6 +65,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.optimizer.nesterov": (True, {"train.optimizer": "sgd"}),
     "train.optimizer.smoothing": (0.5, {"train.optimizer": "rmsprop"}),
     "train.optimizer.centered": (True, {"train.optimizer": "rmsprop"}),
+    "train.optimizer.rate_decay": (0.5, {"train.optimizer": "adagrad"}),
+    "train.optimizer.initial_accumulator": (0.5, {"train.optimizer": "adagrad"}),
     "train.weight_decay": (0.5, {}),
     "train.betas": ([0.5, 0.9], {}),
     "train.epsilon": (1e-2, {}),

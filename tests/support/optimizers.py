@@ -11,6 +11,7 @@ from manylora.training.optim.stacked import OptimizerSettings
 OWN: dict[str, list[dict[str, Any]]] = {
     "sgd": [{"momentum": 0.8, "nesterov": True}, {"nesterov": True}, {"momentum": 0.0}],
     "rmsprop": [{"smoothing": 0.9, "momentum": 0.8, "centered": True}, {"momentum": 0.5}, {"centered": True}],
+    "adagrad": [{"rate_decay": 0.1, "initial_accumulator": 0.5}],
 }
 """Settings other than the defaults, by optimiser."""
 

@@ -110,6 +110,13 @@ def torchs(twins: list[nn.Parameter], update: SlotUpdate, kind: str) -> Callable
         "rmsprop": lambda: torch.optim.RMSprop(
             twins, lr=rate, eps=shared.epsilon, alpha=own.pop("smoothing", 0.99), **own
         ),
+        "adagrad": lambda: torch.optim.Adagrad(
+            twins,
+            lr=rate,
+            eps=shared.epsilon,
+            lr_decay=own.get("rate_decay", 0.0),
+            initial_accumulator_value=own.get("initial_accumulator", 0.0),
+        ),
     }[name]()
 
     def step() -> None:

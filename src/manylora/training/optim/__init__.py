@@ -15,5 +15,6 @@ OPTIMIZERS: Table[Rule] = Table(
         "adamw": "manylora.training.optim.elementwise:ADAMW",
         "sgd": "manylora.training.optim.elementwise:SGD",
         "rmsprop": "manylora.training.optim.elementwise:RMSPROP",
+        "adagrad": "manylora.training.optim.elementwise:ADAGRAD",
     },
 )

@@ -125,6 +125,41 @@ class Rmsprop(Rule):
             value.add_(change, alpha=-settings.rate)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdagradSettings:
+    """What Adagrad alone can be told."""
+
+    rate_decay: float = number(
+        0.0, "how fast the rate falls: after t steps it is 1 / (1 + t rate_decay) of itself", at_least=0,
+        elsewhere=("lr_decay",),
+    )  # fmt: skip
+    initial_accumulator: float = number(
+        0.0, "what each sum of squares starts from", at_least=0, elsewhere=("initial_accumulator_value",)
+    )
+
+
+class Adagrad(Rule):
+    """Gradients over the root of the sum q of all their squares so far: w <- w - rate g / (sqrt(q) + epsilon).
+
+    Source: torch.optim.Adagrad (Duchi, Hazan and Singer, 2011).
+    """
+
+    settings = AdagradSettings
+    state = ("square",)
+
+    def update(
+        self, values: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], settings: SlotUpdate
+    ) -> None:
+        own: AdagradSettings = settings.optimizer.own
+        rate = settings.rate / (1 + (settings.step - 1) * own.rate_decay)
+        for value, grad, square in zip(values, grads, state["square"], strict=True):
+            square.addcmul_(grad, grad)
+            # What the sum starts from is added here: state starts at zero, and is zero where a slot holds nothing.
+            size = square.add(own.initial_accumulator).sqrt_().add_(settings.optimizer.epsilon)
+            value.addcdiv_(grad, size, value=-rate)
+
+
 ADAMW = AdamW()
 SGD = Sgd()
 RMSPROP = Rmsprop()
+ADAGRAD = Adagrad()
