@@ -102,6 +102,7 @@ class Fleet:
         from manylora.spec import AdapterSpec
         from manylora.training.member import Member, Recipe
         from manylora.training.optim import OPTIMIZERS
+        from manylora.training.optim.stacked import OptimizerSettings, StackedOptimizer
 
         self.base = base
         self.bank = Bank(base, num_slots=len(seeds))
@@ -112,7 +113,7 @@ class Fleet:
             self.bank.put(own, slot=slot)
             recipe = Recipe(
                 learning_rate=RATE * (1 + seed), schedule="constant", total_steps=1000, warmup=0, rows_per_step=rows,
-                weight_decay=DECAY,
+                optimizer=OptimizerSettings(weight_decay=DECAY, clip_norm=1.0),
             )  # fmt: skip
             epochs = Epochs(examples(base.vocabulary, rows, row_tokens, seed), row_tokens=row_tokens, seed=seed,
                             packs=base.packs)  # fmt: skip
@@ -127,7 +128,7 @@ class Fleet:
                     objective=OBJECTIVES.get("causal-lm"),
                 )
             )
-        self.optimizers = {"adamw": OPTIMIZERS.get("adamw")(self.bank)}
+        self.optimizers = {"adamw": StackedOptimizer(self.bank, OPTIMIZERS.get("adamw"))}
 
     def step(self) -> list[float]:
         """One step of every member; their losses."""

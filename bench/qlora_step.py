@@ -186,6 +186,7 @@ class Job:
         from manylora.spec import AdapterSpec
         from manylora.training.member import Member, Recipe
         from manylora.training.optim import OPTIMIZERS
+        from manylora.training.optim.stacked import StackedOptimizer
 
         draw = np.random.default_rng(0)
         examples = [
@@ -210,7 +211,7 @@ class Job:
             name="main", slot=0, seed=0, spec=adapter.spec, recipe=recipe, objective=OBJECTIVES.get("causal-lm"),
             epochs=Epochs(examples, row_tokens=ROW_TOKENS, seed=0, packs=base.packs),
         )  # fmt: skip
-        self.optimizers = {"adamw": OPTIMIZERS.get("adamw")(self.bank)}
+        self.optimizers = {"adamw": StackedOptimizer(self.bank, OPTIMIZERS.get("adamw"))}
         self.losses: dict[int, float] = {}
 
     def gradients(self) -> list[torch.Tensor]:

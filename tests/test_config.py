@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +16,8 @@ from hypothesis import strategies as st
 from manylora.config import describe_keys, known_keys, load_config
 from manylora.config_errors import ELSEWHERE
 from manylora.errors import ConfigError, SpecError, UnknownName
+from manylora.settings import flag, number
+from manylora.training.optim import OPTIMIZERS
 
 SMALLEST = {"base": "builtin:tiny-en", "data": {"train": "/data/train.jsonl"}, "output": "/runs/first"}
 
@@ -206,6 +211,67 @@ def test_all_mistakes_are_pointed_at_and_unknown_keys_come_first():
     assert "unknown key 'outptu'" in str(caught.value)
     assert "nearest: output" in str(caught.value)
     assert "then look at output" in str(caught.value)
+
+
+def test_an_optimizer_is_a_name_or_a_mapping_with_settings_of_its_own(own_settings):
+    plain = load_config(SMALLEST, {"train.optimizer": "sgd"})
+    assert plain == load_config(SMALLEST, {"train.optimizer": {"name": "sgd"}})
+    assert plain.to_dict()["train"]["optimizer"] == "sgd"
+    told = load_config(SMALLEST, {"train.optimizer": {"name": "own", "share": "1e-1"}})
+    assert told.to_dict()["train"]["optimizer"] == {"name": "own", "share": 0.1, "ahead": False}
+    assert (
+        told
+        == load_config(told.to_dict())
+        == load_config(SMALLEST, ["train.optimizer=own", "train.optimizer.share=.1"])
+    )
+    assert told.train.optimizer.own() == own_settings(share=0.1)
+    assert (
+        load_config(SMALLEST, {"train.optimizer": {"name": "own", "ahead": False}}).to_dict()["train"]["optimizer"]
+        == "own"
+    )
+    keys = {key: (default, text) for key, default, text in describe_keys()}
+    assert keys["train.optimizer.share"] == ("null (own)", "own: a share")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"name": "own", "shara": 1},
+            ["train.optimizer.shara is 1, and own has no such", "nearest: share", "share, ahead"],
+        ),
+        ({"name": "own", "part": 1}, ["train.optimizer.part is 1", "nearest: share"]),
+        ({"name": "adamw", "share": 1}, ["adamw has no such setting", "adamw has no settings", "a setting of own"]),
+        ({"share": 1}, ["train.optimizer.share is 1, and adamw has no such setting"]),
+        ({"name": "own", "share": 1}, ["train.optimizer.share is 1\n", "at least 0 and below 1, or null"]),
+        ({"name": "own", "share": True}, ["train.optimizer.share is True", "or null"]),
+        ({"name": "own", "share": float("nan")}, ["train.optimizer.share is nan"]),
+        ({"name": "own", "ahead": 1}, ["train.optimizer.ahead is 1", "true or false"]),
+        ({"name": "own", "ahead": None}, ["train.optimizer.ahead is None", "true or false"]),
+        ({"name": "owm"}, ["train.optimizer: no optimizer is called 'owm'", "nearest: own"]),
+        ({"name": 3}, ["train.optimizer.name is 3", "text"]),
+        (3, ["train.optimizer is 3"]),
+    ],
+)
+def test_a_mistaken_setting_of_an_optimizer_names_what_it_takes(own_settings, given, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(SMALLEST, {"train.optimizer": given})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.fixture
+def own_settings(monkeypatch):
+    """The settings of an optimiser `own` that is in the table beside the others."""
+
+    @dataclass(frozen=True, slots=True)
+    class Own:
+        share: float | None = number(None, "a share", at_least=0, below=1, elsewhere=("part",))
+        ahead: bool = flag(False, "look ahead")
+
+    module = SimpleNamespace(RULE=SimpleNamespace(settings=Own))
+    monkeypatch.setitem(sys.modules, "made_up_optimizer", module)
+    monkeypatch.setitem(OPTIMIZERS._entries, "own", "made_up_optimizer:RULE")
+    return Own
 
 
 @pytest.mark.parametrize("missing", ["base", "data", "output"])

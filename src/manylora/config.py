@@ -6,15 +6,13 @@ Relative paths in a file are relative to that file; those in overrides, to the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -25,6 +23,7 @@ from pydantic import (
 
 from manylora import config_text
 from manylora.config_errors import as_config_error, unknown_key
+from manylora.config_short import DataPlace, OptimizerConfig, Section, StopConfig
 from manylora.config_values import (
     Names,
     Number,
@@ -41,40 +40,6 @@ from manylora.config_values import (
 )
 from manylora.errors import ConfigError
 from manylora.spec import AdapterSpec
-
-
-class Section(BaseModel):
-    """A part of a configuration: no unknown keys, no change after it is made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_written(cls, values: Any) -> Any:
-        """A section whose lines are all commented out has its defaults."""
-        return {} if values is None else values
-
-
-class DataPlace(Section):
-    """Where rows come from: in a file just the path, or a mapping that says more."""
-
-    path: str = Field(min_length=1, description="a file, a folder with splits, or hub:owner/name")
-    split: str | None = Field(default=None, description="train, valid, test, ... of a folder or hub data set")
-    subset: str | None = Field(default=None, description="the configuration of a hub data set")
-    weight: Annotated[Number, Field(gt=0)] = Field(
-        default=1.0, description="how often each epoch shows these rows; 0.5: half of them"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _just_a_path(cls, value: Any) -> Any:
-        return {"path": str(value)} if isinstance(value, str | Path) else value
-
-    @model_serializer(mode="wrap")
-    def _short(self, inner: SerializerFunctionWrapHandler) -> Any:
-        values = inner(self)
-        return self.path if self == DataPlace(path=self.path) else values
-
 
 Places = Annotated[tuple[DataPlace, ...], BeforeValidator(alone)]
 
@@ -217,7 +182,9 @@ class TrainConfig(Section):
     accumulate: Annotated[Whole, Field(ge=1)] = Field(
         default=1, description="micro-batches that a step is computed in; changes memory, not the result"
     )
-    optimizer: Annotated[str, in_table("optimizer")] = Field(default="adamw", description="the optimiser")
+    optimizer: OptimizerConfig = Field(
+        default_factory=OptimizerConfig, description="the optimiser: its name, or {name: sgd, its own settings}"
+    )
     weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), description="decay of the optimiser's two averages"
@@ -287,33 +254,6 @@ class CheckpointConfig(Section):
     early_stop_patience: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="stop after so many evaluations without a better loss"
     )
-
-
-class StopConfig(Section):
-    """`sweep.stop`: which trials are not trained to their end; in a file just the rule, or a mapping that says more."""
-
-    rule: Annotated[str, in_table("stopping rule")] = Field(
-        default="none", description="none, median, successive-halving, asha"
-    )
-    reduction: Annotated[Whole, Field(ge=2)] = Field(
-        default=3, description="of so many trials at a level one goes on (successive-halving, asha)"
-    )
-    first_share: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="share of a trial's tokens at which it is first judged; null: the rule's own"
-    )
-    min_reports: Annotated[Whole, Field(ge=1)] = Field(
-        default=4, description="others that must have been judged at a level before one is stopped there (median)"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _just_a_rule(cls, value: Any) -> Any:
-        return {"rule": value} if isinstance(value, str) else value
-
-    @model_serializer(mode="wrap")
-    def _short(self, inner: SerializerFunctionWrapHandler) -> Any:
-        values = inner(self)
-        return self.rule if self == StopConfig(rule=self.rule) else values
 
 
 class SweepConfig(Section):
@@ -413,20 +353,7 @@ def known_keys() -> list[str]:
 
 def describe_keys() -> list[tuple[str, str, str]]:
     """(dotted key, default as YAML or "required", description) of every key."""
-    return list(_describe(Config, ""))
-
-
-def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
-    for name, field in section.model_fields.items():
-        key = prefix + (field.alias or name)
-        held = get_args(field.annotation) if type(None) in get_args(field.annotation) else (field.annotation,)
-        if isinstance(held[0], type) and issubclass(held[0], Section):
-            yield from _describe(held[0], key + ".")
-        elif field.is_required():
-            yield key, "required", field.description or ""
-        else:
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
-            yield key, config_text.dump_inline(default), field.description or ""
+    return list(Config.describe(""))
 
 
 # Places of data, which may also be named by a prefix.
@@ -434,7 +361,7 @@ _DATA_KEYS = frozenset({"data.train", "data.eval", "data.train.path", "data.eval
 # What a sweep varies: its keys have dots of their own, and each of its choices is a value of that key.
 _SPACE = "sweep.space."
 # Sections that may be written as one text, and the key that the text is.
-_SHORT = {"sweep.stop": "rule"}
+_SHORT = {"sweep.stop": StopConfig.short, "train.optimizer": OptimizerConfig.short}
 # Values that are paths, and so are read relative to the place where they are written.
 _PATH_KEYS = frozenset({"base", "output", "data.chat_template", "adapter.from"} | _DATA_KEYS)
 

@@ -126,6 +126,23 @@ def unknown_key(path: str, value: Any, known: Sequence[str]) -> ConfigError:
     )
 
 
+def unknown_setting(
+    path: str, value: Any, optimizer: str, known: Mapping[str, Any], owners: Sequence[str]
+) -> ConfigError:
+    """The error for a setting that an optimiser does not have: `known` are those it has, `owners` who has this one."""
+    leaf = path.rpartition(".")[2]
+    near = [name for name, setting in known.items() if leaf in setting.elsewhere] or nearest_names(
+        leaf, ["name", *known]
+    )
+    near += [ELSEWHERE[leaf]] if leaf in ELSEWHERE else []
+    return ConfigError(
+        f"{path} is {_shown(value)}, and {optimizer} has no such setting",
+        nearest=near,
+        allowed=f"{', '.join(known)} for {optimizer}" if known else f"{optimizer} has no settings of its own",
+        next_step=f"{leaf} is a setting of {', '.join(owners)}" if owners else "list them: manylora train --keys",
+    )
+
+
 def as_config_error(error: ValidationError, known: Sequence[str], where: str) -> ConfigError:
     """The first of pydantic's complaints as one error; unknown keys come first, since they often explain the others."""
     details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")

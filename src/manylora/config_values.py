@@ -33,16 +33,17 @@ def dtype_name(value: Any) -> Any:
     return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
 
 
+def table_of(kind: str) -> Any:
+    """The table of a kind, imported now."""
+    import importlib
+
+    module, table = TABLES[kind]
+    return getattr(importlib.import_module(module), table)
+
+
 def in_table(kind: str, *, besides: Sequence[str] = ()) -> AfterValidator:
     """A check that a name is in the table of its kind, or one of `besides`."""
-
-    def check(name: str) -> str:
-        import importlib
-
-        module, table = TABLES[kind]
-        return name if name in besides else getattr(importlib.import_module(module), table).check(name)
-
-    return AfterValidator(check)
+    return AfterValidator(lambda name: name if name in besides else table_of(kind).check(name))
 
 
 def whole(value: Any) -> Any:

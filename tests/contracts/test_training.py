@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fleets import Running, killed_after, member, spoilt
+from optimizers import KINDS
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
@@ -20,7 +21,7 @@ from manylora.training import step as step_module
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.member import Member
 from manylora.training.optim import OPTIMIZERS
-from manylora.training.optim.stacked import SlotUpdate, gradient_norms
+from manylora.training.optim.stacked import OptimizerSettings, SlotUpdate, StackedOptimizer, gradient_norms
 
 SPEC = AdapterSpec(rank=4, dropout=0.1, sites=("all-linear",))
 
@@ -103,7 +104,7 @@ def test_a_run_whose_only_member_goes_nan_is_an_error(make_base, make_examples) 
         run.run()
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", list(KINDS))
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_run_that_is_killed_resumes_to_the_same_bytes(optimizer, stop, tmp_path, make_base, make_examples) -> None:
     held_out = make_examples(5, seed=9)
@@ -202,7 +203,8 @@ def test_early_stop_and_the_best_state(make_base, make_examples) -> None:
 
 
 def updates(**changes) -> SlotUpdate:
-    return SlotUpdate(**{"rate": 1e-2, "step": 1, "weight_decay": 0.1, **changes})
+    now = {key: changes.pop(key) for key in ("rate", "step") if key in changes}
+    return SlotUpdate(**{"rate": 1e-2, "step": 1, **now}, optimizer=OptimizerSettings(weight_decay=0.1, **changes))
 
 
 def test_adamw_equals_torchs(make_base) -> None:
@@ -213,7 +215,7 @@ def test_adamw_equals_torchs(make_base) -> None:
     stack = next(iter(bank.stacks.values()))
     twins = [torch.nn.Parameter(t.detach()[0].clone()) for s in bank.stacks.values() for t in s.tensors.values()]
     truth = torch.optim.AdamW(twins, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
-    own = OPTIMIZERS.get("adamw")(bank)
+    own = StackedOptimizer(bank, OPTIMIZERS.get("adamw"))
     tensors = [t for s in bank.stacks.values() for t in s.tensors.values()]
     generator = torch.Generator().manual_seed(1)
     for step in range(1, 8):
@@ -239,12 +241,12 @@ def test_adamw_decays_before_the_step_by_the_rate() -> None:
     with torch.no_grad():
         tensor.fill_(1.0)
     tensor.grad = torch.full_like(tensor, 0.1)
-    OPTIMIZERS.get("adamw")(bank).step({0: updates(rate=0.1)}, gradient_norms(bank))
+    StackedOptimizer(bank, OPTIMIZERS.get("adamw")).step({0: updates(rate=0.1)}, gradient_norms(bank))
     assert tensor.item() == pytest.approx(0.890, abs=1e-6)
 
 
 def test_padding_stays_zero_under_every_optimizer(make_base, make_examples) -> None:
-    for name in OPTIMIZERS:
+    for name in KINDS:
         spec = AdapterSpec(rank=5, dropout=0.1)
         run = Running(make_base(), [member("m", make_examples(20), spec=spec, optimizer=name)], torch.float32).run()
         for stack in run.bank.stacks.values():
@@ -269,12 +271,13 @@ def test_slots_that_are_not_stepped_keep_their_bytes(make_base, make_examples) -
         assert torch.equal(value, seen[-1][name])
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", list(KINDS))
 def test_a_slot_that_is_reset_forgets_its_state_and_no_others(optimizer, make_base, make_examples) -> None:
     members = [member(f"m{slot}", make_examples(20), spec=SPEC, optimizer=optimizer) for slot in range(2)]
     run = Running(make_base(), members, torch.float32).run()
-    own = run.loop.optimizers[optimizer]
-    before = own.slot_state(1)
-    own.reset(0)
-    assert not any(tensor.any() for tensor in own.slot_state(0).values())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in own.slot_state(1).items())
+    settings = members[0].recipe.optimizer
+    own = run.loop.optimizers[settings.name]
+    before = own.slot_state(1, settings)
+    own.reset(0, settings)
+    assert not any(tensor.any() for tensor in own.slot_state(0, settings).values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own.slot_state(1, settings).items())

@@ -25,7 +25,7 @@ from manylora.spec import AdapterSpec
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.member import Member
 from manylora.training.optim import OPTIMIZERS
-from manylora.training.optim.stacked import drop_gradients
+from manylora.training.optim.stacked import StackedOptimizer, drop_gradients
 from manylora.training.step import backward, micro_batches, train_step
 from manylora.types import IGNORED, Batch, Beside, Follower, Outputs, RowTotals
 
@@ -272,7 +272,7 @@ def test_a_frozen_start_stays_and_an_average_follows() -> None:
             for slot in (2 * place, 2 * place + 1):
                 bank.put(Adapter.new(base, one.spec, seed=one.seed), slot=slot)
         starts = [_factors(bank, slot) for slot in (0, 2)]
-        optimizers = {"adamw": OPTIMIZERS.get("adamw")(bank)}
+        optimizers = {"adamw": StackedOptimizer(bank, OPTIMIZERS.get("adamw"))}
         average = {key: value.clone() for key, value in starts[1].items()}
         for _ in range(3):
             train_step(base, optimizers, members)

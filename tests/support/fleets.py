@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from optimizers import KINDS, optimizer
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
@@ -18,9 +19,19 @@ from manylora.spec import AdapterSpec
 from manylora.training import checkpoint as checkpoint_module
 from manylora.training.loop import Loop, LoopSettings
 from manylora.training.member import Member, Recipe
+from manylora.training.optim.stacked import OptimizerSettings
 from manylora.training.orders import Given
 
-RECIPE = Recipe(learning_rate=1e-2, schedule="cosine", total_steps=6, warmup=2, rows_per_step=4, weight_decay=0.1)
+RECIPE = Recipe(
+    learning_rate=1e-2,
+    schedule="cosine",
+    total_steps=6,
+    warmup=2,
+    rows_per_step=4,
+    optimizer=OptimizerSettings(weight_decay=0.1, clip_norm=1.0),
+)
+SHARED = {one.name for one in fields(OptimizerSettings)} - {"name", "own"}
+"""The settings that all optimisers have."""
 
 
 def ragged(count: int, seed: int = 0, longest: int = 20) -> list[Example]:
@@ -52,7 +63,12 @@ class Memory:
 
 
 def member(name: str, examples: list, *, spec: AdapterSpec, seed: int = 0, held_out=(), **changes) -> Member:
-    recipe = replace(RECIPE, **changes)
+    """A member trained by RECIPE but for `changes`: `optimizer` is a label of KINDS, its settings are named as such."""
+    name_of, own = KINDS[changes.pop("optimizer", "adamw")]
+    shared = {key: getattr(RECIPE.optimizer, key) for key in SHARED} | {
+        key: changes.pop(key) for key in SHARED & changes.keys()
+    }
+    recipe = replace(RECIPE, optimizer=optimizer(name_of, own=own, **shared), **changes)
     epochs = Epochs(examples, row_tokens=32, seed=seed, packs=True)
     objective = OBJECTIVES.get("causal-lm")
     return Member(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optimizers import KINDS, optimizer
 from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -40,7 +41,7 @@ from manylora.training.footprint import (
     token_bytes,
 )
 from manylora.training.optim import OPTIMIZERS
-from manylora.training.optim.stacked import SlotUpdate, gradient_norms
+from manylora.training.optim.stacked import SlotUpdate, StackedOptimizer, gradient_norms
 from manylora.types import Batch
 
 SPECS = {
@@ -77,26 +78,28 @@ def counted(base: FrozenModel, adapter: Adapter, batch: Batch, objective=CAUSAL_
             return saved_bytes(base, lambda: objective(base.outputs(batch), batch).total)
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("name", list(SPECS))
-def test_a_member_holds_what_its_stacks_gradients_and_states_hold(base, name, optimizer):
+def test_a_member_holds_what_its_stacks_gradients_and_states_hold(base, name, kind):
+    of, own = KINDS[kind]
+    settings = optimizer(of, own=own)
     adapter = Adapter.new(base, SPECS[name], seed=0)
     with Bank(base, num_slots=2) as bank:
         for members in (1, 2):
             bank.put(adapter, slot=members - 1)
-            rule = OPTIMIZERS.get(optimizer)(bank)
+            rule = StackedOptimizer(bank, OPTIMIZERS.get(settings.name))
             batch = language_batch(base, [[20]] * members)
             slots = list(range(members))
             with bank.route(slots):
                 CAUSAL_LM(base.outputs(batch), batch).total.sum().backward()
-            rule.step({slot: SlotUpdate(rate=1e-3, step=1) for slot in slots}, gradient_norms(bank))
+            rule.step({slot: SlotUpdate(rate=1e-3, step=1, optimizer=settings) for slot in slots}, gradient_norms(bank))
             factors = [tensor for stack in bank.stacks.values() for tensor in stack.tensors.values()]
             anchors = [tensor for stack in bank.stacks.values() for tensor in stack.anchors.values()]
             gradients = [tensor.grad for tensor in factors if tensor.grad is not None]
-            states = [tensor for slot in slots for tensor in rule.slot_state(slot).values()]
+            states = [tensor for slot in slots for tensor in rule.slot_state(slot, settings).values()]
             held = sum(tensor.nbytes for tensor in (*factors, *anchors, *gradients, *states))
             assert len(gradients) == len(factors)
-            assert held == members * member_bytes(base, adapter, optimizer)
+            assert held == members * member_bytes(base, adapter, settings)
             for tensor in factors:
                 tensor.grad = None
 

@@ -11,6 +11,7 @@ import torch
 from drawn import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimizers import KINDS, optimizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +20,14 @@ from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
 from manylora.spec import AdapterSpec
 from manylora.training.optim import OPTIMIZERS
-from manylora.training.optim.stacked import SlotUpdate, StackedOptimizer, drop_gradients, gradient_norms
+from manylora.training.optim.rule import Rule
+from manylora.training.optim.stacked import (
+    OptimizerSettings,
+    SlotUpdate,
+    StackedOptimizer,
+    drop_gradients,
+    gradient_norms,
+)
 from manylora.types import Stack
 
 SPECS = (
@@ -74,39 +82,59 @@ def draw_gradients(bank: Bank, draw: torch.Generator, size: float = 1.0) -> None
                     own.copy_(torch.randn(own.shape, generator=draw, dtype=torch.float64) * size)
 
 
-def updates(step: int, chosen: tuple[dict, ...], slots: list[int]) -> dict[int, SlotUpdate]:
-    return {slot: SlotUpdate(step=step, **chosen[slot]) for slot in slots}
+def updates(step: int, chosen: tuple[dict, ...], slots: list[int], kind: str = "adamw") -> dict[int, SlotUpdate]:
+    name, own = KINDS[kind]
+    return {
+        slot: SlotUpdate(
+            step=step,
+            rate=chosen[slot]["rate"],
+            optimizer=optimizer(name, own=own, **{key: one for key, one in chosen[slot].items() if key != "rate"}),
+        )
+        for slot in slots
+    }
 
 
-def torch_sgd(twins: list[Tensor], rate: float, decay: float, betas: tuple[float, float]) -> Callable[[], None]:
-    own = torch.optim.SGD(twins, lr=rate, momentum=betas[0])
+def optimizer_of(bank: Bank, kind: str = "adamw") -> StackedOptimizer:
+    return StackedOptimizer(bank, OPTIMIZERS.get(KINDS[kind][0]))
+
+
+def torchs(twins: list[nn.Parameter], update: SlotUpdate, kind: str) -> Callable[[], None]:
+    """A step of torch's own optimiser by the same settings."""
+    name, rate, shared = KINDS[kind][0], update.rate, update.optimizer
+    decay, betas = shared.weight_decay, shared.betas
+    if name == "adamw":
+        return torch.optim.AdamW(twins, lr=rate, weight_decay=decay, betas=betas, eps=shared.epsilon).step
+    own = dict(KINDS[kind][1])
+    made: Any = {
+        "sgd": lambda: torch.optim.SGD(twins, lr=rate, **{"momentum": betas[0], **own}),
+        "rmsprop": lambda: torch.optim.RMSprop(
+            twins, lr=rate, eps=shared.epsilon, alpha=own.pop("smoothing", 0.99), **own
+        ),
+        "adagrad": lambda: torch.optim.Adagrad(
+            twins,
+            lr=rate,
+            eps=shared.epsilon,
+            lr_decay=own.get("rate_decay", 0.0),
+            initial_accumulator_value=own.get("initial_accumulator", 0.0),
+        ),
+    }[name]()
 
     def step() -> None:
         with torch.no_grad():
             for twin in twins:
                 twin.mul_(1 - rate * decay)  # decoupled: torch's own would go through the momentum
-        own.step()
+        made.step()
 
     return step
 
 
-def torch_adamw(
-    twins: list[Tensor], rate: float, decay: float, betas: tuple[float, float], epsilon: float = 1e-8
-) -> Callable[[], None]:
-    return torch.optim.AdamW(twins, lr=rate, weight_decay=decay, betas=betas, eps=epsilon).step
-
-
 @pytest.mark.parametrize("chosen", [UPDATES, ALIKE], ids=["mixed", "alike"])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_fifty_steps_equal_torchs_for_each_slot(name: str, chosen: tuple[dict, ...]) -> None:
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_fifty_steps_equal_torchs_for_each_slot(kind: str, chosen: tuple[dict, ...]) -> None:
     bank = bank_of(*SPECS)
     twins = [[nn.Parameter(part) for part in held(bank, slot)] for slot in range(3)]
-    made = {"adamw": torch_adamw, "sgd": torch_sgd}[name]
-    truth = []
-    for slot, one in enumerate(chosen):
-        more = {"epsilon": one["epsilon"]} if name == "adamw" and "epsilon" in one else {}
-        truth.append(made(twins[slot], one["rate"], one["weight_decay"], one["betas"], **more))
-    own = OPTIMIZERS.get(name)(bank)
+    truth = [torchs(twins[slot], one, kind) for slot, one in updates(1, chosen, [0, 1, 2], kind).items()]
+    own = optimizer_of(bank, kind)
     draw = torch.Generator().manual_seed(1)
     for step in range(1, 51):
         draw_gradients(bank, draw, size=0.1 if step % 7 else 30.0)  # with and without a bound that is reached
@@ -118,27 +146,27 @@ def test_fifty_steps_equal_torchs_for_each_slot(name: str, chosen: tuple[dict, .
             norm = torch.nn.utils.clip_grad_norm_(twins[slot], bound)
             assert norms[slot] == pytest.approx(norm.item(), rel=1e-13)
             truth[slot]()
-        own.step(updates(step, chosen, [0, 1, 2]), norms)
+        own.step(updates(step, chosen, [0, 1, 2], kind), norms)
         drop_gradients(bank)
         for slot in range(3):
             for got, want in zip(held(bank, slot), twins[slot], strict=True):
                 torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("kind", list(KINDS))
 @settings(max_examples=examples(20), deadline=None)
 @given(st.lists(st.sets(st.integers(0, 2)), min_size=1, max_size=5))
-def test_slots_that_are_stepped_at_different_times_are_as_if_alone(name: str, steps: list[set[int]]) -> None:
+def test_slots_that_are_stepped_at_different_times_are_as_if_alone(kind: str, steps: list[set[int]]) -> None:
     """Some slots step, others wait: each has the numbers of a bank in which it is the only one that ever moves."""
     bank, lone = bank_of(*SPECS), [bank_of(*SPECS) for _ in SPECS]
-    own, others = OPTIMIZERS.get(name)(bank), [OPTIMIZERS.get(name)(one) for one in lone]
+    own, others = optimizer_of(bank, kind), [optimizer_of(one, kind) for one in lone]
     done = [0, 0, 0]
     for number, slots in enumerate(steps):
         before = [held(bank, slot) for slot in range(3)]
         together: dict[int, SlotUpdate] = {}
         for slot in sorted(slots):
             done[slot] += 1
-            together |= updates(done[slot], UPDATES, [slot])
+            together |= updates(done[slot], UPDATES, [slot], kind)
         for one in (bank, *lone):
             draw_gradients(one, torch.Generator().manual_seed(number))
         for slot in slots:
@@ -152,19 +180,20 @@ def test_slots_that_are_stepped_at_different_times_are_as_if_alone(name: str, st
             expected = held(lone[slot], slot) if slot in slots else before[slot]
             for got, want in zip(held(bank, slot), expected, strict=True):
                 assert torch.equal(got, want)
-            for key, value in others[slot].slot_state(slot).items():
-                assert torch.equal(own.slot_state(slot)[key], value)
+            settings = updates(1, UPDATES, [slot], kind)[slot].optimizer
+            for key, value in others[slot].slot_state(slot, settings).items():
+                assert torch.equal(own.slot_state(slot, settings)[key], value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_the_padding_of_a_rank_stays_exactly_zero(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_padding_of_a_rank_stays_exactly_zero(kind: str, dtype: torch.dtype) -> None:
     bank = bank_of(*SPECS, dtype=dtype)
-    own = OPTIMIZERS.get(name)(bank)
+    own = optimizer_of(bank, kind)
     draw = torch.Generator().manual_seed(1)
     for step in range(1, 21):
         draw_gradients(bank, draw)
-        own.step(updates(step, UPDATES, [0, 1, 2]), gradient_norms(bank))
+        own.step(updates(step, UPDATES, [0, 1, 2], kind), gradient_norms(bank))
     for stack in bank.stacks.values():
         for place, rank in enumerate(stack.ranks):
             if stack.method == "lora":
@@ -174,8 +203,8 @@ def test_the_padding_of_a_rank_stays_exactly_zero(name: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_a_slot_whose_gradient_is_not_finite_leaves_the_others_alone(name: str, bad: float) -> None:
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_slot_whose_gradient_is_not_finite_leaves_the_others_alone(kind: str, bad: float) -> None:
     banks = [bank_of(*SPECS) for _ in range(2)]
     for bank in banks:
         draw_gradients(bank, torch.Generator().manual_seed(1))
@@ -185,7 +214,7 @@ def test_a_slot_whose_gradient_is_not_finite_leaves_the_others_alone(name: str, 
     assert not math.isfinite(norms[1])
     before = held(banks[0], 1)
     for bank in banks:
-        OPTIMIZERS.get(name)(bank).step(updates(1, UPDATES, [0, 2]), gradient_norms(bank))
+        optimizer_of(bank, kind).step(updates(1, UPDATES, [0, 2], kind), gradient_norms(bank))
     for slot in (0, 2):
         assert norms[slot] == gradient_norms_alone(slot)
         assert all(torch.equal(a, b) for a, b in zip(held(banks[0], slot), held(banks[1], slot), strict=True))
@@ -204,14 +233,14 @@ def test_views_that_are_kept_follow_a_bank_whose_members_come_and_go() -> None:
     for fresh in (False, True):
         draw = torch.Generator().manual_seed(4)
         bank = bank_of(*SPECS)
-        optimizer = OPTIMIZERS.get("adamw")(bank)
+        optimizer = optimizer_of(bank)
         for step, slots in enumerate(([0, 1, 2], [0, 2], [0, 1, 2], [1]), start=1):
             if step == 2:
                 bank.clear(1)
             if step == 3:
                 bank.put(Adapter.new(bank.base, AdapterSpec(rank=4, sites=("all-linear",)), seed=9), slot=1)
             draw_gradients(bank, draw)
-            optimizer = OPTIMIZERS.get("adamw")(bank) if fresh else optimizer
+            optimizer = optimizer_of(bank) if fresh else optimizer
             optimizer.step(updates(step, UPDATES, slots), gradient_norms(bank))
         found.append([held(bank, slot) for slot in range(3)])
     for kept, anew in zip(*found, strict=True):
@@ -234,7 +263,7 @@ def test_norms_leave_slots_that_were_cleared_and_missing_gradients_out() -> None
 def test_a_tensor_without_a_gradient_decays_and_no_more() -> None:
     bank = bank_of(SPECS[0])
     before = held(bank, 0)
-    OPTIMIZERS.get("adamw")(bank).step(updates(1, UPDATES, [0]), gradient_norms(bank))
+    optimizer_of(bank).step(updates(1, UPDATES, [0]), gradient_norms(bank))
     for got, want in zip(held(bank, 0), before, strict=True):
         torch.testing.assert_close(got, want * (1 - 1e-2 * 0.1), rtol=1e-14, atol=0.0)
 
@@ -242,20 +271,78 @@ def test_a_tensor_without_a_gradient_decays_and_no_more() -> None:
 def test_slots_of_equal_settings_are_updated_in_one_call() -> None:
     calls = []
 
-    class Counting(StackedOptimizer):
-        def rule(self, values: list[Tensor], grads: list[Tensor], state: object, update: SlotUpdate) -> None:
-            calls.append((len(values), update.rate))
+    class Counting(Rule):
+        def update(self, values: list[Tensor], grads: list[Tensor], state: object, settings: SlotUpdate) -> None:
+            calls.append((len(values), settings.rate))
             assert all(value.shape == grad.shape for value, grad in zip(values, grads, strict=True))
 
     bank = bank_of(SPECS[0], SPECS[0], SPECS[1])
     num_tensors = sum(len(stack.tensors) for stack in bank.stacks.values())
     draw_gradients(bank, torch.Generator().manual_seed(1))
-    own = Counting(bank)
+    own = StackedOptimizer(bank, Counting())
     own.step(updates(1, ALIKE, [0, 1, 2]), gradient_norms(bank))
     assert calls == [(num_tensors, 1e-2)]  # whole stacks, no place by itself
     calls.clear()
     own.step(updates(1, (ALIKE[0], ALIKE[0], UPDATES[2]), [0, 1, 2]), gradient_norms(bank))
     assert calls == [(2 * num_tensors, 1e-2), (num_tensors, 5e-2)]
+
+
+class Factored(Rule):
+    """Steps by the sign, and keeps row sums of matrices and nothing of vectors: state as small as it comes."""
+
+    def state_shapes(self, shape: tuple[int, ...], settings: OptimizerSettings) -> dict[str, tuple[int, ...]]:
+        return {"rows": shape[:1]} if len(shape) == 2 else {}
+
+    def update(self, values: Any, grads: Any, state: Any, settings: SlotUpdate) -> None:
+        matrices = [grad for grad in grads if grad.dim() == 3]
+        for grad, rows in zip(matrices, state.get("rows", []), strict=True):
+            assert rows.shape == grad.shape[:2]
+            rows.add_(grad.sum(2))
+        for value, grad in zip(values, grads, strict=True):
+            value.add_(grad.sign(), alpha=-settings.rate)
+
+
+@pytest.mark.parametrize("chosen", [UPDATES, ALIKE], ids=["mixed", "alike"])
+def test_a_rule_may_keep_less_than_its_tensors_or_nothing(chosen: tuple[dict, ...]) -> None:
+    bank = bank_of(*SPECS)
+    own = StackedOptimizer(bank, Factored())
+    draw_gradients(bank, torch.Generator().manual_seed(1))
+    sums = {slot: [grad.sum(1) for grad in held(bank, slot, lambda t: t.grad) if grad.dim() == 2] for slot in range(3)}
+    free = tuple(one | {"clip_norm": None} for one in chosen)
+    one, settings = updates(1, free, [0, 1, 2]), OptimizerSettings()
+    own.step(one, gradient_norms(bank))
+    bank.clear(0)  # what is left moves up
+    for slot in (1, 2):
+        state = own.slot_state(slot, settings)
+        assert [name.rsplit("|", 2)[1:] for name in state] == [
+            [name, "rows"] for stack, _ in bank.places(slot) for name, t in stack.tensors.items() if t.dim() == 3
+        ]
+        assert all(map(torch.equal, state.values(), sums[slot]))
+        own.reset(slot, settings)
+        assert not any(kept.any() for kept in own.slot_state(slot, settings).values())
+        own.load_slot_state(slot, settings, state)
+        assert all(map(torch.equal, own.slot_state(slot, settings).values(), sums[slot]))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_what_got_no_gradient_is_known_whatever_state_is_kept(kind: str) -> None:
+    bank = bank_of(*SPECS)
+    own, settings = optimizer_of(bank, kind), updates(1, UPDATES, [0], kind)[0].optimizer
+    for slot in range(3):
+        own.reset(slot, settings)
+    for step in (1, 2):
+        draw_gradients(bank, torch.Generator().manual_seed(step))
+        for stack, place in bank.places(1):
+            stack.tensors["a"].grad[place] = 0
+        own.step(updates(step, UPDATES, [0, 1, 2], kind), gradient_norms(bank))
+    found = {slot: [own.moved(stack, place) for stack, place in bank.places(slot)] for slot in range(3)}
+    assert all(moved == {"a": False, "b": True} for moved in found[1])
+    assert all(all(moved.values()) for slot in (0, 2) for moved in found[slot])
+    own.reset(0, settings)
+    assert not any(any(own.moved(stack, place).values()) for stack, place in bank.places(0))
+    own.load_slot_state(1, settings, own.slot_state(1, settings))
+    if own.slot_state(1, settings):
+        assert all(own.moved(stack, place) == {"a": False, "b": True} for stack, place in bank.places(1))
 
 
 class Made(TorchDispatchMode):
@@ -276,7 +363,7 @@ class Made(TorchDispatchMode):
 def test_a_step_makes_nothing_as_large_as_a_place_of_a_stack() -> None:
     """A further member costs its factors, its gradient and its states; no plan has room for more of that size."""
     bank = bank_of(SPECS[0], SPECS[1], SPECS[0], width=500)
-    own = OPTIMIZERS.get("adamw")(bank)
+    own = optimizer_of(bank)
     draw_gradients(bank, torch.Generator().manual_seed(0))
     own.step(updates(1, UPDATES, [0, 1, 2]), gradient_norms(bank))  # the first makes the states
     tensors = [stack.tensors[name] for stack in bank.stacks.values() for name in stack.tensors]

@@ -89,7 +89,7 @@ def _candidates(config: Config, planner: Planner, plan: Plan) -> Iterator[tuple[
         yield {**smallest, **packed}, "the base in 4 bits; about a third more time"
     if config.adapter.rank > 4:
         yield {**smallest, **packed, "adapter.rank": max(4, config.adapter.rank // 4)}, "a smaller adapter"
-    if train.optimizer != "sgd":
+    if train.optimizer.name != "sgd":
         yield {**smallest, **packed, "train.optimizer": "sgd"}, "another optimiser: another learning rate too"
     for tokens in (train.row_tokens // 2, train.row_tokens // 4):
         if tokens >= 8:
@@ -100,11 +100,6 @@ def _candidates(config: Config, planner: Planner, plan: Plan) -> Iterator[tuple[
 
 def _with(config: Config, settings: Mapping[str, Any]) -> Config:
     """A configuration with settings laid over it; the values are known to be allowed."""
-    for key, value in settings.items():
-        section, _, name = key.rpartition(".")
-        if not section:
-            config = config.model_copy(update={name: value})
-            continue
-        part = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: part})
-    return config
+    from manylora.config import load_config
+
+    return load_config(config.to_dict(), settings)

@@ -23,7 +23,7 @@ from manylora.methods.inits import INITS
 from manylora.objectives.forward import Aim, SlotSums, forward_batch
 from manylora.training.checkpointing import checkpointed
 from manylora.training.optim import OPTIMIZERS
-from manylora.training.optim.stacked import drop_gradients
+from manylora.training.optim.stacked import StackedOptimizer, drop_gradients
 from manylora.training.prepare import Stock
 from manylora.training.step import add_gradients, micro_batches
 
@@ -94,10 +94,10 @@ def traced_run(
                 member.sit([next(free) for _ in range(member.num_slots)])
                 for slot in (member.slot, *member.follower_slots.values()):
                     bank.put(adapter, slot=slot)
-        rule = OPTIMIZERS.get(config.train.optimizer)(bank)
+        rule = StackedOptimizer(bank, OPTIMIZERS.get(made[0][0].recipe.optimizer.name))
         with trace.of("optimizer"):
             for member, _ in made:
-                rule.reset(member.slot)
+                rule.reset(member.slot, member.recipe.optimizer)
         own = [member for member, _ in made]
         for member in own:
             member.step = _longest_step(member)
@@ -125,7 +125,9 @@ def traced_run(
         begin = len(trace.events)
         trace.begin("checkpoint")
         with trace.of(COPIES):
-            kept: list[Any] = [(bank.get(one.slot).factors, rule.slot_state(one.slot)) for one in own]
+            kept: list[Any] = [
+                (bank.get(one.slot).factors, rule.slot_state(one.slot, one.recipe.optimizer)) for one in own
+            ]
         found.append(_phase(trace, "checkpoint", begin, left_out))
         del kept
     return RunTrace(steady, found, notes, products, max(member.recipe.last_step for member in own), followed)

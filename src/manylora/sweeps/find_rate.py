@@ -166,7 +166,7 @@ def _laid_out(config: Config, objects: Mapping[str, Any] | None, use_cache: bool
             method=config.adapter.method,
             rows_per_step=recipe.rows_per_step,
             total_steps=recipe.total_steps,
-            optimizer=recipe.optimizer,
+            optimizer=recipe.optimizer.name,
         )
         why = f"around {why.removeprefix('learning ')}"
     except ConfigError as error:
@@ -175,4 +175,4 @@ def _laid_out(config: Config, objects: Mapping[str, Any] | None, use_cache: bool
     del stock
     gc.collect()
     steps = short_steps(recipe.total_steps)
-    return grid(center, recipe.optimizer), steps, math.ceil(recipe.warmup * steps / recipe.total_steps), why
+    return grid(center, recipe.optimizer.name), steps, math.ceil(recipe.warmup * steps / recipe.total_steps), why

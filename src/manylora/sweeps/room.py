@@ -51,12 +51,16 @@ def room_for(
     """
     sweep = config.sweep
     assert sweep is not None
-    kinds = {json.dumps([one.adapter.model_dump(mode="json"), one.train.optimizer]): one for one in likely}
+    kinds = {
+        json.dumps(one.model_dump(mode="json", include={"adapter": True, "train": {"optimizer"}})): one
+        for one in likely
+    }
     largest = sorted(kinds.values(), key=lambda one: -max(one.adapter.rank, *one.adapter.rank_pattern.values(), 0))
     longest = max(likely, key=lambda one: one.train.row_tokens * one.train.rows_per_step)
     made = _made(largest, stock)
     sizes = [
-        member_bytes(stock.base, adapter, one.train.optimizer, copies=member.num_slots) for one, member, adapter in made
+        member_bytes(stock.base, adapter, member.recipe.optimizer, copies=member.num_slots)
+        for _, member, adapter in made
     ]
     _, member, adapter = made[sizes.index(max(sizes))]
     with checkpointed(stock.base, asked(config.train).mode):

@@ -95,7 +95,8 @@ class Trials:
         given["evaluate.at_tokens"] = list(self.levels)
         if "fold" in place:
             given["data.fold"] = f"{place['fold']}/{self._sweep.folds}"
-        return load_config(self._plain, given)
+        # A key that others lie within comes before them, or it would replace what they are laid over.
+        return load_config(self._plain, dict(sorted(given.items(), key=lambda pair: pair[0].count("."))))
 
     def check(self, try_out: Callable[[Config], object]) -> None:
         """Pass each searched value that `try_out` takes, by itself or beside a value of another searched key.

@@ -28,6 +28,7 @@ from manylora.objectives.forward import Aim, forward_batch
 from manylora.ops.positions import TILE_POSITIONS
 from manylora.training.deal import FIXED_TOKENS
 from manylora.training.optim import OPTIMIZERS
+from manylora.training.optim.stacked import OptimizerSettings
 from manylora.types import Batch, Objective
 
 BACKWARD_FACTOR = 1.4
@@ -85,19 +86,19 @@ class ActivationModel:
         return max(0, int(left / max(1.0, self.linear + self.quadratic * width)))
 
 
-def member_bytes(base: FrozenModel, adapter: Adapter, optimizer: str, *, copies: int = 1) -> int:
+def member_bytes(base: FrozenModel, adapter: Adapter, optimizer: OptimizerSettings, *, copies: int = 1) -> int:
     """What one more member holds for as long as it is resident: factors, gradients, optimiser states, and anchors.
 
     All of them float32, at the rank that its stacks are padded to; `copies` times where followers stand beside it,
     which share its stacks and so have room for gradients and states too.
     """
-    tensors = 2 + len(OPTIMIZERS.get(optimizer).state_names)
+    rule = OPTIMIZERS.get(optimizer.name)
     total = 0
     for name, factors in adapter.factors.items():
         method, site = METHODS.get(factors.method), base.sites[name]
-        shapes = method.stack_shapes(site, method.shape_class(site, factors))
-        numbers = sum(math.prod(shape) for shape in shapes.values())
-        total += numbers * (tensors + bool(factors.anchors))
+        for shape in method.stack_shapes(site, method.shape_class(site, factors)).values():
+            states = rule.state_shapes(shape, optimizer).values()
+            total += math.prod(shape) * (2 + bool(factors.anchors)) + sum(map(math.prod, states))
     return copies * total * torch.float32.itemsize
 
 

@@ -25,7 +25,7 @@ from manylora.training.deal import admissible
 from manylora.training.footprint import member_bytes
 from manylora.training.member import Member, State, tokens_of
 from manylora.training.optim import OPTIMIZERS
-from manylora.training.optim.stacked import StackedOptimizer
+from manylora.training.optim.stacked import WATCHED_STEPS, StackedOptimizer
 from manylora.training.orders import Ending, Report, Source, Verdict
 from manylora.training.step import AddUp, ForwardTooLarge, StepResult, on_one_device
 from manylora.types import Factors
@@ -308,24 +308,24 @@ class Loop:
             self.bank.put(follower, slot=slot)
         self._bytes[member.name] = self._bytes_of(member, adapter)
         optimizer = self._optimizer(member)
-        optimizer.reset(member.slot)
+        optimizer.reset(member.slot, member.recipe.optimizer)
         if kept is not None:
-            optimizer.load_slot_state(member.slot, kept.moments)
+            optimizer.load_slot_state(member.slot, member.recipe.optimizer, kept.moments)
             member.objective_state = kept.learned or None
             if kept.best:
                 self.best[member.name] = kept.best
 
     def _optimizer(self, member: Member) -> StackedOptimizer:
-        name = member.recipe.optimizer
+        name = member.recipe.optimizer.name
         if name not in self.optimizers:
-            self.optimizers[name] = OPTIMIZERS.get(name)(self.bank)
+            self.optimizers[name] = StackedOptimizer(self.bank, OPTIMIZERS.get(name))
         return self.optimizers[name]
 
     def _kept(self, member: Member) -> Kept:
         """All tensors that a member needs to go on."""
         return Kept(
             now=self.bank.get(member.slot).factors,
-            moments=self._optimizer(member).slot_state(member.slot),
+            moments=self._optimizer(member).slot_state(member.slot, member.recipe.optimizer),
             best=self.best.get(member.name, {}),
             followers={name: self.bank.get(slot).factors for name, slot in member.follower_slots.items()},
             learned=member.aim().state,
@@ -382,7 +382,7 @@ class Loop:
             gradient_norm=result.gradient_norm,
             memory_bytes=peak_bytes(self.base.device),
         )
-        if member.step == 2:
+        if member.step == WATCHED_STEPS:
             self._name_unreached(member)
 
     def _evaluate(self, members: Sequence[Member]) -> None:
@@ -448,7 +448,7 @@ class Loop:
         """After two steps every factor that the forward reaches has moved; say which sites have not."""
         still = []
         for stack, place in self.bank.places(member.slot):
-            moments = self.optimizers[member.recipe.optimizer].moved(stack, place)
+            moments = self.optimizers[member.recipe.optimizer.name].moved(stack, place)
             if not all(moments.values()):
                 still.append(stack.site.name)
         if still:

@@ -16,7 +16,7 @@ from manylora.errors import ConfigError
 from manylora.objectives.forward import Aim
 from manylora.ops.dropout import mix
 from manylora.spec import AdapterSpec
-from manylora.training.optim.stacked import SlotUpdate
+from manylora.training.optim.stacked import OptimizerSettings, SlotUpdate
 from manylora.training.schedule import rate_at
 from manylora.types import Objective
 
@@ -39,11 +39,7 @@ class Recipe:
     floor_ratio: float = 0.0
     rows_per_step: int = 4
     accumulate: int = 1
-    optimizer: str = "adamw"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    clip_norm: float | None = 1.0
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(clip_norm=1.0))
     evaluate_every: int | None = None
     evaluate_at: tuple[int, ...] = ()
     patience: int | None = None
@@ -137,15 +133,7 @@ class Member:
 
     def update(self) -> SlotUpdate:
         """The settings of the present step's update."""
-        recipe = self.recipe
-        return SlotUpdate(
-            rate=self.rate(self.step),
-            step=self.step + 1,
-            weight_decay=recipe.weight_decay,
-            betas=recipe.betas,
-            epsilon=recipe.epsilon,
-            clip_norm=recipe.clip_norm,
-        )
+        return SlotUpdate(rate=self.rate(self.step), step=self.step + 1, optimizer=self.recipe.optimizer)
 
     def rows(self, step: int) -> list[list[Example]]:
         """The rows of a step, a pure function of (seed, step): neighbours and resuming change nothing.

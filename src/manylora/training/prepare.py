@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from manylora.adapters.adapter import Adapter
@@ -28,10 +28,11 @@ from manylora.tasks.data import (
     text_data,
 )
 from manylora.training.member import Member, Recipe, steps_for, tokens_of, total_steps
+from manylora.training.optim.stacked import OptimizerSettings
 from manylora.training.rates import auto_rate
 
 if TYPE_CHECKING:
-    from manylora.config import Config
+    from manylora.config import Config, TrainConfig
     from manylora.spec import AdapterSpec
 
 
@@ -250,7 +251,7 @@ def make_recipe(config: Config, epochs: Epochs, base: FrozenModel) -> tuple[Reci
             method=config.adapter.method,
             rows_per_step=train.rows_per_step,
             total_steps=steps,
-            optimizer=train.optimizer,
+            optimizer=train.optimizer.name,
         )
         notes = [reason]
     recipe = Recipe(
@@ -261,17 +262,20 @@ def make_recipe(config: Config, epochs: Epochs, base: FrozenModel) -> tuple[Reci
         floor_ratio=train.min_rate_ratio,
         rows_per_step=train.rows_per_step,
         accumulate=train.accumulate,
-        optimizer=train.optimizer,
-        weight_decay=train.weight_decay,
-        betas=train.betas,
-        epsilon=train.epsilon,
-        clip_norm=train.clip_norm,
+        optimizer=optimizer_of(train),
         evaluate_every=config.evaluate.every_steps,
         evaluate_at=config.evaluate.at_tokens,
         patience=config.checkpoint.early_stop_patience,
         stop_after=train.stop_after,
     )
     return recipe, notes
+
+
+def optimizer_of(train: TrainConfig) -> OptimizerSettings:
+    """All that an optimiser is told, from the keys of the same names."""
+    shared = [one.name for one in fields(OptimizerSettings) if one.name not in ("name", "own")]
+    given = {name: getattr(train, name) for name in shared}
+    return OptimizerSettings(name=train.optimizer.name, own=train.optimizer.own(), **given)
 
 
 def coverage(base: FrozenModel, adapter: Adapter) -> list[str]:

@@ -185,7 +185,7 @@ def train_step(
     }
     stepping = [member for member in members if results[member.name].finite]
     for name, optimizer in optimizers.items():
-        chosen = [member for member in stepping if member.recipe.optimizer == name]
+        chosen = [member for member in stepping if member.recipe.optimizer.name == name]
         optimizer.step({member.slot: member.update() for member in chosen}, norms)
     drop_gradients(base.bank)
     for member in stepping:

@@ -1,11 +1,20 @@
-"""Optimisers over stacks: one state per stack, vectors of settings by slot; one line each in this table."""
+"""Optimisers over stacks: rules without memory, one line each in this table. No torch until one of them updates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from manylora.table import Table
 
-OPTIMIZERS: Table = Table(
+if TYPE_CHECKING:
+    from manylora.training.optim.rule import Rule
+
+OPTIMIZERS: Table[Rule] = Table(
     "optimizer",
     {
-        "adamw": "manylora.training.optim.elementwise:AdamW",
-        "sgd": "manylora.training.optim.elementwise:Sgd",
+        "adamw": "manylora.training.optim.elementwise:ADAMW",
+        "sgd": "manylora.training.optim.elementwise:SGD",
+        "rmsprop": "manylora.training.optim.elementwise:RMSPROP",
+        "adagrad": "manylora.training.optim.elementwise:ADAGRAD",
     },
 )

@@ -1,0 +1,89 @@
+"""Settings that a part of the house declares for itself, each once: its default, what is allowed, and what it is.
+
+They are the fields of a frozen dataclass, made by `number` and `flag`. A configuration is checked against them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from manylora.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One line that says what a setting is, what is allowed, how a value is read, and what other tools call it.
+
+    `read` gives the value as it is used, or raises ValueError or TypeError.
+    """
+
+    description: str
+    allowed: str
+    read: Callable[[Any], Any]
+    elsewhere: tuple[str, ...] = ()
+
+
+def number(
+    default: float | None,
+    description: str,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    elsewhere: tuple[str, ...] = (),
+) -> Any:
+    """A field that holds a number; null is allowed where it is the default."""
+    bounds = [(at_least, f"at least {at_least:g}"), (above, f"above {above:g}"), (below, f"below {below:g}")]
+    allowed = " and ".join(words for bound, words in bounds if math.isfinite(bound)) or "a finite number"
+    allowed += ", or null" if default is None else ""
+
+    def read(value: Any) -> float | None:
+        if value is None and default is None:
+            return None
+        if value is None or isinstance(value, bool):
+            raise TypeError
+        found = float(value)  # of text too: YAML 1.1 readers leave 1e-3 as it is written
+        if not (math.isfinite(found) and at_least <= found < below and found > above):
+            raise ValueError
+        return found
+
+    return field(default=default, metadata={"setting": Setting(description, allowed, read, elsewhere)})
+
+
+def flag(default: bool, description: str, *, elsewhere: tuple[str, ...] = ()) -> Any:
+    """A field that holds true or false."""
+
+    def read(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+
+    return field(default=default, metadata={"setting": Setting(description, "true or false", read, elsewhere)})
+
+
+@dataclass(frozen=True, slots=True)
+class NoSettings:
+    """The settings of a part that has none of its own."""
+
+
+def declared(settings: type) -> dict[str, Setting]:
+    """What a dataclass of settings declares, by name."""
+    return {one.name: one.metadata["setting"] for one in fields(settings)}
+
+
+def read_settings(settings: type, given: Mapping[str, Any], where: str) -> Any:
+    """A dataclass of settings from those that are given, each of them declared, and the defaults of the others.
+
+    Raises:
+        ConfigError: a value that is not allowed, by its key under `where`.
+    """
+    known, values = declared(settings), {}
+    for key, value in given.items():
+        try:
+            values[key] = known[key].read(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"{where}.{key} is {value!r}", allowed=known[key].allowed) from None
+    return settings(**values)
