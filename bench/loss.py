@@ -132,7 +132,7 @@ def ours(weight: Tensor) -> Loss:
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # a buffer that to_empty leaves undefined
     model.to(weight.dtype)
     model.model.embed_tokens.weight = model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
-    base = LanguageBase(model)
+    base = LanguageBase(model).probed()
     if base.post_head != "none":
         raise SystemExit(f"the probe takes this head for {base.post_head!r}, so not what is to be measured")
 

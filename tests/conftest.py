@@ -170,7 +170,7 @@ def base() -> LanguageBase:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.3,
         eos_token_id=256, pad_token_id=257, bos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
-    return LanguageBase(LlamaForCausalLM(config), tokenizer=byte_tokenizer(), name="tiny")
+    return LanguageBase(LlamaForCausalLM(config), tokenizer=byte_tokenizer(), name="tiny").probed()
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ class Level(IntEnum):
     """A layer that is computed again in backward."""
     PRODUCT = 3
     """A product that is watched while its layer is computed."""
+    HEAD = 4
+    """A head that is passed by, since the states before it are wanted."""
 
 
 class StandIn:

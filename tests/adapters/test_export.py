@@ -171,7 +171,7 @@ def test_gguf_of_conv1d_has_the_rows_of_the_output(tmp_path):
     )
     model = transformers.GPT2LMHeadModel(config)
     model.save_pretrained(tmp_path / "base")
-    base = LanguageBase(model, name=str(tmp_path / "base"))
+    base = LanguageBase(model, name=str(tmp_path / "base")).probed()
     adapter = filled(base, SPECS["plain"])
     export(adapter, "gguf", tmp_path / "out")
     tensors = {

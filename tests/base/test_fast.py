@@ -20,7 +20,7 @@ def llama() -> LanguageBase:
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, attn_implementation="eager",
     )  # fmt: skip
-    return LanguageBase(LlamaForCausalLM(config), name="random")
+    return LanguageBase(LlamaForCausalLM(config), name="random").probed()
 
 
 def logits(base: LanguageBase) -> torch.Tensor:

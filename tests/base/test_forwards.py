@@ -176,12 +176,12 @@ def bases() -> tuple[LanguageBase, LanguageBase, dict[str, Counting]]:
     """A base with hooks, one whose weights are halved instead, and the hooks."""
     plain, carrying = language_base(), language_base()
     hooks = hooked(carrying.model)
-    again = LanguageBase(carrying.model, name="hooked")
+    again = LanguageBase(carrying.model, name="hooked").probed()
     with torch.no_grad():
         for name, module in plain.model.named_modules():
             if name in hooks and hooks[name].share == 0.5:
                 module.weight.mul_(0.5)
-    return again, LanguageBase(plain.model, name="halved"), hooks
+    return again, LanguageBase(plain.model, name="halved").probed(), hooks
 
 
 def test_hooks_of_a_base_run_and_count_as_part_of_its_map(

@@ -85,7 +85,7 @@ def make_base() -> Callable[..., LanguageBase]:
         )
         auto = AutoModelForMaskedLM if kind in ENCODERS else AutoModelForCausalLM
         model = auto.from_config(config, **({"attn_implementation": attention} if attention else {}))
-        return LanguageBase(model.to(dtype), name=f"random {kind}")
+        return LanguageBase(model.to(dtype), name=f"random {kind}").probed()
 
     return make
 

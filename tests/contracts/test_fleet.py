@@ -72,7 +72,7 @@ def wide_base(dtype: torch.dtype) -> LanguageBase:
         if type(module).__name__ == "LlamaRMSNorm":
             norm = torch.nn.RMSNorm(64, eps=module.variance_epsilon, dtype=dtype)
             model.set_submodule(name, norm)
-    return LanguageBase(model, name="random")
+    return LanguageBase(model, name="random").probed()
 
 
 def made(name: str, make_examples: Callable[..., list]) -> Member:

@@ -275,14 +275,14 @@ class PositionsOfItsOwn(Toy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("leak", "packing"), [(0.0, "positions"), (1e-2, "none"), (1.0, "none")])
 def test_a_model_that_leaks_across_sequences_is_padded(leak, packing, dtype) -> None:
-    base = LanguageBase(Toy(leak).to(dtype))
+    base = LanguageBase(Toy(leak).to(dtype)).probed()
     assert base.packing == packing
     assert base.causal
     assert packing != "none" or "a change of one sequence changes the other" in base.notes[0]
 
 
 def test_a_model_that_counts_its_own_positions_is_padded(make_base) -> None:
-    assert LanguageBase(PositionsOfItsOwn(0.0)).packing == "none"
+    assert LanguageBase(PositionsOfItsOwn(0.0)).probed().packing == "none"
     # Apart, but not where they would stand alone: a mask is not enough for a table of positions.
     bert = make_base("bert")
     inner = bert.model.bert.forward
@@ -291,7 +291,7 @@ def test_a_model_that_counts_its_own_positions_is_padded(make_base) -> None:
         return inner(*arguments, **more)
 
     bert.model.bert.forward = forward
-    again = LanguageBase(bert.model)
+    again = LanguageBase(bert.model).probed()
     assert again.packing == "none"
     assert "with a mask, a sequence of a packed row has other states than alone" in again.notes[0]
 
@@ -301,7 +301,7 @@ def test_outputs_that_are_not_one_a_token_are_not_packed() -> None:
         def forward(self, input_ids):
             return SimpleNamespace(logits=super().forward(input_ids).logits.mean(1))
 
-    base = LanguageBase(Pooled(0.0))
+    base = LanguageBase(Pooled(0.0)).probed()
     assert base.packing == "none"
     assert "not one for each token" in base.notes[0]
 
@@ -317,6 +317,6 @@ def test_a_mask_does_not_take_a_models_attention_window_away(window, reason) -> 
         max_position_embeddings=1024, local_attention=window, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
         eos_token_id=2, cls_token_id=1, sep_token_id=2,
     )  # fmt: skip
-    base = LanguageBase(AutoModelForMaskedLM.from_config(config))
+    base = LanguageBase(AutoModelForMaskedLM.from_config(config)).probed()
     assert base.packing == "none"
     assert reason in base.notes[0]

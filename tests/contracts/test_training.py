@@ -53,7 +53,7 @@ def test_sites_that_no_gradient_reaches_are_named(make_base, make_examples) -> N
     base.model.unused = torch.nn.Linear(8, 8)
     from manylora.base.language import LanguageBase
 
-    base = LanguageBase(base.model)
+    base = LanguageBase(base.model).probed()
     run = Running(base, [member("m", make_examples(30), spec=SPEC, total_steps=3)], torch.float32).run()
     assert any("1 of 15 sites got no gradient in two steps: unused" in note for note in run.recorder.notes)
 

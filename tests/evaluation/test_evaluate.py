@@ -42,7 +42,7 @@ def by_hand(base, examples, slot: int) -> tuple[float, int]:
 def test_the_loss_is_the_mean_over_trained_tokens_however_rows_are_made(
     base, examples, packs, rows_per_batch, row_tokens
 ):
-    base.rules = replace(base.rules, packing="positions" if packs else "none")
+    base.findings = replace(base.found, rules=replace(base.rules, packing="positions" if packs else "none"))
     found = evaluate_loss(
         base, examples, slot=-1, row_tokens=row_tokens, rows_per_batch=rows_per_batch, objective=OBJECTIVE
     )

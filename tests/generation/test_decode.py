@@ -166,7 +166,7 @@ def test_learned_absent_and_windowed_positions_decode_ragged_prompts(prompts, fa
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES, **sizes)
     kind = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
-    other = LanguageBase(getattr(transformers, kind)(config), tokenizer=Plain(), name=family)
+    other = LanguageBase(getattr(transformers, kind)(config), tokenizer=Plain(), name=family).probed()
     wanted = [by_hand(other, prompt, NEW) for prompt in prompts]
     assert [list(one.tokens) for one in generate_all(other, prompts, ())] == wanted
     stop = wanted[0][4]
@@ -198,7 +198,7 @@ def test_text_stands_where_training_put_it(base):
         pad_token_id=5, max_position_embeddings=64, is_decoder=True, bos_token_id=0, eos_token_id=96,
         initializer_range=0.6,
     )  # fmt: skip
-    base = LanguageBase(RobertaForCausalLM(config).eval(), tokenizer=base.tokenizer, name="roberta")
+    base = LanguageBase(RobertaForCausalLM(config).eval(), tokenizer=base.tokenizer, name="roberta").probed()
     assert base.rules.first_position == 6
     prompts = [[7, 8, 9, 10, 11, 12], [20, 21, 22]]
     found = generate(base, prompts, slots=[-1, -1], max_new_tokens=8, stop_ids=())

@@ -129,7 +129,7 @@ def _make_run(config: dict[str, Any], output: Path, start: Callable[..., Any]) -
 def _make_adapters(output: Path) -> None:
     from manylora.base.language import LanguageBase
 
-    base = LanguageBase(tiny_model(), name="random")
+    base = LanguageBase(tiny_model(), name="random").probed()
     expected = {"base": logits_of(base)}
     for name, settings in ADAPTERS.items():
         adapter = manylora.Adapter.new(base, manylora.AdapterSpec(**settings), seed=1)

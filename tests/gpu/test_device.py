@@ -31,7 +31,7 @@ def base_on(device: str, dtype: torch.dtype = torch.float64) -> LanguageBase:
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
-    return LanguageBase(AutoModelForCausalLM.from_config(config).to(dtype).to(device), name="random llama")
+    return LanguageBase(AutoModelForCausalLM.from_config(config).to(dtype).to(device), name="random llama").probed()
 
 
 def filled(base: LanguageBase, dropout: float = 0.0) -> Bank:

@@ -313,7 +313,7 @@ def packed_states(base: LanguageBase):
     """What a base may hand to `use_attention`: its states of a row of two sequences."""
     tokens = torch.arange(2, 18).reshape(1, 16)
     lengths = (7, 9) if base.packs else (16,)
-    return lambda: base._states(base.rules, packed_inputs(tokens, lengths, base.rules)).double()
+    return lambda: base.states(base.found, packed_inputs(tokens, lengths, base.rules)).double()
 
 
 def test_a_packed_batch_of_a_base_goes_through_the_op_in_every_layer(base):
@@ -361,7 +361,7 @@ def encoder() -> LanguageBase:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                         intermediate_size=48, max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
-    return with_torchs(LanguageBase(BertForMaskedLM(config)))
+    return with_torchs(LanguageBase(BertForMaskedLM(config)).probed())
 
 
 def test_an_encoders_own_mask_is_read_once_for_all_layers(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def base(request, monkeypatch) -> LanguageBase:
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
     else:
         model = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0))
-    return LanguageBase(model.double())
+    return LanguageBase(model.double()).probed()
 
 
 def asked(base: LanguageBase, rows: int = 4) -> tuple[Batch, Tensor]:
@@ -389,9 +390,8 @@ def test_a_linear_head_needs_no_chunk_of_logits(monkeypatch, base):
 
 
 @pytest.mark.parametrize("fn", [nats, nats_and_more])
-def test_a_model_whose_own_logits_are_taken_keeps_one_gradient_of_them(monkeypatch, base, fn):
-    monkeypatch.setattr(base, "post_head", None)
-    monkeypatch.setattr(base, "_post", None)
+def test_a_model_whose_own_logits_are_taken_keeps_one_gradient_of_them(base, fn):
+    base.take(replace(base.found, post_head=None))
     base.head.requires_grad_()  # it lies before the states
     batch, _ = asked(base)
     states = torch.randn(4, 9, base.vocabulary, dtype=torch.float64)

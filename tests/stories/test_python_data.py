@@ -220,7 +220,7 @@ def test_a_base_that_sees_the_next_token_is_not_trained_to_predict_it(settings, 
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
-    base = LanguageBase(BertForMaskedLM(config), tokenizer=tokenizer, name="bert")
+    base = LanguageBase(BertForMaskedLM(config), tokenizer=tokenizer, name="bert").probed()
     with pytest.raises(ConfigError, match="in bert a token sees the next"):
         manylora.train(settings, base=base, train_data=ROWS)
 

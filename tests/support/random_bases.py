@@ -55,7 +55,9 @@ SPECS = (
 def language_base(kind: str = "llama", layers: int = 3) -> LanguageBase:
     torch.manual_seed(0)
     dtype = torch.float32 if kind == "mixtral" else torch.float64  # torch has grouped products in no wider one
-    return LanguageBase(AutoModelForCausalLM.from_config(CONFIGS[kind](layers)).to(dtype), name=f"random {kind}")
+    return LanguageBase(
+        AutoModelForCausalLM.from_config(CONFIGS[kind](layers)).to(dtype), name=f"random {kind}"
+    ).probed()
 
 
 def ragged_batch(base: LanguageBase, slots: tuple[int, ...] = (0, 2, -1, 1, 0), longest: int = 20) -> Batch:

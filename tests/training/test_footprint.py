@@ -123,7 +123,7 @@ def test_a_padded_row_is_predicted_whatever_rows_the_data_give(base, lengths):
 
 
 def test_a_base_that_takes_one_sequence_a_row_is_predicted(base):
-    base.rules = replace(base.rules, packing="none")
+    base.findings = replace(base.found, rules=replace(base.rules, packing="none"))
     adapter = Adapter.new(base, AdapterSpec(rank=4), seed=0)
     model = token_bytes(base, adapter, CAUSAL_LM, epochs_of(base, [90, 80, 20]))
     batch = language_batch(base, [[50], [70], [20]])
@@ -135,7 +135,7 @@ def test_rows_beyond_the_positions_of_the_base_are_measured_within_them():
     config = GPT2Config(
         vocab_size=200, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=0
     )
-    base = LanguageBase(GPT2LMHeadModel(config), name="learned positions")
+    base = LanguageBase(GPT2LMHeadModel(config), name="learned positions").probed()
     adapter = Adapter.new(base, AdapterSpec(rank=4), seed=0)
     model = token_bytes(base, adapter, CAUSAL_LM, epochs_of(base, [60] * 8, row_tokens=800))
     batch = language_batch(base, [[50, 20]] * 2)

@@ -42,7 +42,7 @@ def small_base(dtype: torch.dtype = torch.float64) -> LanguageBase:
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
-    return LanguageBase(LlamaForCausalLM(config).to(dtype), name="random llama")
+    return LanguageBase(LlamaForCausalLM(config).to(dtype), name="random llama").probed()
 
 
 class Limit:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ class FrozenModel:
         self.bank: Any = None
         self.reads_along: Mapping[str, tuple[str, ...]] = {}
         self.notes: list[str] = []
+
+    def probed(self) -> Self:
+        """This base, ready for use; of a plain module nothing is left to be found."""
+        return self
 
     @property
     def packs(self) -> bool:

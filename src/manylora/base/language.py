@@ -1,11 +1,11 @@
-"""A base with a vocabulary: hidden states, the head in chunks, and the probes that say how it may be used."""
+"""A base with a vocabulary: hidden states, and the head in chunks."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from manylora.base.fast.attention import use_attention
-from manylora.base.fast.elementwise import use_elementwise
-from manylora.base.frozen import FrozenModel, summed_by_row
-from manylora.base.probes import RowRules, packed_inputs, probe_rows
-from manylora.base.sites import reads_along
+from manylora.base.findings import Findings
+from manylora.base.frozen import summed_by_row
+from manylora.base.probes import REFUSALS, RowRules, packed_inputs, probe_rows
 from manylora.base.tokenizer import template_digest, tokenizer_digest
+from manylora.base.transformers_base import TransformersBase, arguments
+from manylora.errors import BaseMismatch
+from manylora.forwards import Level, standing_in
 from manylora.ops.dropout import mix
 from manylora.ops.positions import LINEAR_DTYPES, linear_nats, nats, values_and_gradient, with_gradient
-from manylora.types import IGNORED, Batch, Packing, Site, take_rows
+from manylora.types import IGNORED, Batch, Site, take_rows
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits that exist at one time while a loss is computed in chunks: positions x vocabulary."""
@@ -46,8 +47,8 @@ def post_head_maps(config: Any) -> dict[str, PostHead]:
     return maps
 
 
-class LanguageBase(FrozenModel):
-    """A transformers model that predicts tokens, with its tokenizer and what the probes found.
+class LanguageBase(TransformersBase):
+    """A transformers model that predicts tokens, with its tokenizer and, once it was probed, what the probes found.
 
     `packing`: what keeps the sequences of a packed row apart ("positions" that restart, a "mask" of tokens x tokens),
     "none" where a row holds one sequence. `causal`: no token sees a later one. `post_head`: the name of the map after
@@ -64,48 +65,32 @@ class LanguageBase(FrozenModel):
         fingerprint: str | None = None,
         notes: Sequence[str] = (),
     ):
-        embed: Any = getattr(model, "get_output_embeddings", lambda: None)()
         super().__init__(
-            model, name=name, tokenizer=tokenizer, head=embed, example=self._example, fingerprint=fingerprint
+            model,
+            processor=tokenizer,
+            name=name,
+            folder=folder,
+            head=getattr(model, "get_output_embeddings", lambda: None)(),
+            example=self._example,
+            fingerprint=fingerprint,
+            notes=notes,
         )
-        self.folder = folder
-        self.config: Any = model.config
+        self.tokenizer = tokenizer
         text_config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        self.text_config: Any = text_config
         self.vocabulary: int = text_config.vocab_size
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
         self.backbone: Any = getattr(model, "base_model", model)
-        self.notes = list(notes)
         self.eos_ids = stop_ids(model, tokenizer)
         self.pad_id = _pad_id(tokenizer, self.eos_ids)
-        self._takes = {"model": _arguments(self.model), "backbone": _arguments(self.backbone)}
+        self._backbone_takes = arguments(self.backbone)
         self._padding = getattr(text_config, "pad_token_id", None)
-        self.rules = RowRules()
-        self.post_head, self._post = self._probe_post_head(text_config)
-        self.rules, why = probe_rows(self._probe, self._draw, text_config)
-        self.notes.append(why)
-        if self.max_positions is not None:
-            self.max_positions -= self.rules.first_position or 0
-        if self.post_head is None:
-            self.notes.append("the model's own logits are taken whole: no known map after its head reproduces them")
-        if self.device.type == "cpu":
-            self.notes.append(use_attention(self.model, self._packed_states))
-            self.notes.append(use_elementwise(self.model, self._packed_states))
-        self.reads_along = reads_along(self.sites, self._packed_states)
+        self._post: PostHead | None = None
 
     @property
-    def packing(self) -> Packing:
-        """What keeps the sequences of a packed row apart; "none": rows of one sequence, padded."""
-        return self.rules.packing
-
-    @property
-    def packs(self) -> bool:
-        """Whether a row may hold several sequences."""
-        return self.rules.packing != "none"
-
-    @property
-    def causal(self) -> bool:
-        """Whether no token sees a later one."""
-        return self.rules.causal
+    def post_head(self) -> str | None:
+        """The name of the map after the head; None: the model's own logits are taken whole."""
+        return self.found.post_head
 
     @property
     def tokenizer_digest(self) -> str | None:
@@ -117,9 +102,45 @@ class LanguageBase(FrozenModel):
         """SHA-256 of the chat template; None where there is none."""
         return template_digest(self.tokenizer)
 
+    def probe(self) -> Findings:
+        """What short forwards find of the model; the fast parts that pass are left standing in it."""
+        found = self._probe_head()
+        rules, why = probe_rows(
+            lambda rules, inputs: self.states(replace(found, rules=rules), inputs).double(),
+            self._draw,
+            self.text_config,
+        )
+        notes = [why]
+        if found.post_head is None:
+            notes.append("the model's own logits are taken whole: no known map after its head reproduces them")
+        elif not found.enters_model:
+            notes.append("hidden states are taken from the backbone: the model gives others, or none, past its head")
+        found = replace(found, rules=rules, notes=tuple(notes))
+        # A row of two sequences, or of one where rows hold no more.
+        packed = packed_inputs(self._draw(1, 16), (7, 9) if rules.packing != "none" else (16,), rules)
+        return self._with_fast_parts(found, lambda: self.states(found, packed).double())
+
+    def take(self, findings: Findings) -> None:
+        """Use the model as it was found to work; no forward is run, no weight is read.
+
+        Raises:
+            BaseMismatch: the findings are of another architecture.
+        """
+        post = post_head_maps(self.text_config)
+        if findings.post_head is not None and findings.post_head not in post:
+            raise BaseMismatch(
+                f"the findings have {findings.post_head!r} after the head, of which this configuration says nothing",
+                allowed=", ".join(post),
+                next_step="base.take(base.probe())",
+            )
+        super().take(findings)
+        self._post = None if findings.post_head is None else post[findings.post_head]
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        self.max_positions = None if positions is None else positions - (findings.rules.first_position or 0)
+
     def outputs(self, batch: Batch) -> LanguageOutputs:
         """Hidden states of a batch, from which an objective maps the logits of the positions that it needs."""
-        return LanguageOutputs(self, self._states(self.rules, batch.inputs), batch)
+        return LanguageOutputs(self, self.states(self.found, batch.inputs), batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) to (..., V) in float32 (float64 stays): the head site, then the model's own map after it."""
@@ -127,33 +148,47 @@ class LanguageBase(FrozenModel):
             return _widen(hidden)
         return self._post(_widen(self._raw_logits(self.head, hidden)))
 
+    def states(self, found: Findings, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states before the head; the model's own logits where no map after its head is known."""
+        if found.post_head is None:
+            logits: Tensor = self.model(**self._given(found.rules, inputs)).logits
+            return logits
+        if found.enters_model:
+            return self._states_of_model(found.rules, inputs)
+        return self._states_of_backbone(found.rules, inputs)
+
     def _raw_logits(self, head: nn.Module, hidden: Tensor) -> Tensor:
         # Some models end in float32 whatever the dtype of their weights (Mamba), and narrow that before the head.
         weight = head.get_parameter("weight")
         return head(hidden.to(weight.dtype) if weight.is_floating_point() else hidden)
 
-    def _states(self, rules: RowRules, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states before the head; the model's own logits where no map after its head is known."""
-        if self.post_head is None:
-            logits: Tensor = self.model(**self._given("model", rules, inputs)).logits
-            return logits
-        hidden: Tensor = self.backbone(**self._given("backbone", rules, inputs))[0]
+    def _states_of_model(self, rules: RowRules, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the backbone gives while the whole model runs, so that all runs that hooks of the model bring.
+
+        Its head is passed by, and gives logits of no token, so that what the model does after it costs nothing.
+        """
+        seen: list[Any] = []
+        watch = self.backbone.register_forward_hook(lambda module, args, made: seen.append(made[0]))
+        try:
+            with standing_in(self.head, _no_logits, Level.HEAD):  # pyright: ignore[reportArgumentType] - post_head
+                self.model(**self._given(rules, inputs))
+        finally:
+            watch.remove()
+        (hidden,) = seen
         return hidden
 
-    def _given(self, module: str, rules: RowRules, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Keyword arguments of the model's forward; what it can do without and does not take is left out.
+    def _states_of_backbone(self, rules: RowRules, inputs: Mapping[str, Tensor]) -> Tensor:
+        hidden: Tensor = self.backbone(**self._given(rules, inputs, self._backbone_takes))[0]
+        return hidden
 
-        That is the cache, positions (the probes have shown that its own are the same), and, where no token sees a later
-        one, the mask of the padding at a row's end.
-        """
-        given = {**rules.given(inputs, self.dtype), "use_cache": False}
-        takes = self._takes[module]
-        spare = {"use_cache", "position_ids"} | ({"attention_mask"} if rules.causal else set())
-        return {name: value for name, value in given.items() if takes is None or name in takes or name not in spare}
+    def _given(
+        self, rules: RowRules, inputs: Mapping[str, Tensor], takes: frozenset[str] | None = None
+    ) -> dict[str, Any]:
+        return self.given(rules, {**inputs, "use_cache": False}, takes)
 
     def _example(self, rows: int) -> Mapping[str, Tensor]:
         positions = torch.arange(8, device=self.device).expand(rows, 8)
-        given = self._given("model", self.rules, {"input_ids": self._draw(rows, 8), "position_ids": positions})
+        given = self._given(self.rules, {"input_ids": self._draw(rows, 8), "position_ids": positions})
         return {name: value for name, value in given.items() if name != "use_cache"}
 
     def _draw(self, rows: int, length: int) -> Tensor:
@@ -164,29 +199,36 @@ class LanguageBase(FrozenModel):
             tokens[tokens == self._padding] = (self._padding + 1) % self.vocabulary
         return tokens.to(self.device)
 
-    def _packed_states(self) -> Tensor:
-        """States of a row of two sequences, or of one where rows hold no more."""
-        tokens = self._draw(1, 16)
-        inputs = packed_inputs(tokens, (7, 9) if self.packs else (16,), self.rules)
-        return self._probe(self.rules, inputs)
-
-    def _probe(self, rules: RowRules, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self._states(rules, inputs).double()
-
     @torch.no_grad()
-    def _probe_post_head(self, config: Any) -> tuple[str | None, PostHead | None]:
+    def _probe_head(self) -> Findings:
+        """How hidden states are had and what the model does after its head; of rows nothing is known yet."""
         if self.head is None or self.backbone is self.model:
-            return None, None
-        inputs = {"input_ids": self._draw(1, 8)}
-        own = self.model(**self._given("model", self.rules, inputs)).logits.double()
-        hidden = self.backbone(**self._given("backbone", self.rules, inputs))[0]
+            return Findings()
+        rules, inputs = RowRules(), {"input_ids": self._draw(1, 8)}
+        own = self.model(**self._given(rules, inputs)).logits.double()
+        hidden = self._states_of_backbone(rules, inputs)
         if hidden.shape[-1] != self.head.get_parameter("weight").shape[-1]:
-            return None, None  # something stands between the two that changes the width
+            return Findings()  # something stands between the two that changes the width
         raw = self._raw_logits(self.head, hidden).double()
-        for name, post in post_head_maps(config).items():
+        for name, post in post_head_maps(self.text_config).items():
             if raw.shape == own.shape and (post(raw) - own).norm() <= 1e-2 * own.norm():
-                return name, post
-        return None, None
+                return Findings(post_head=name, enters_model=self._enters_model(rules, inputs, hidden))
+        return Findings()
+
+    def _enters_model(self, rules: RowRules, inputs: Mapping[str, Tensor], hidden: Tensor) -> bool:
+        """Whether a call of the whole model passes by the head and gives the backbone's own states."""
+        try:
+            seen = self._states_of_model(rules, inputs)
+        except REFUSALS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return False
+        return seen.shape == hidden.shape and bool((seen - hidden).norm() <= 1e-2 * hidden.norm())
+
+
+def _no_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    """(..., H) to (..., 0)."""
+    return hidden[..., :0]
 
 
 class LanguageOutputs:
@@ -387,14 +429,6 @@ def chunks(counts: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]
             groups[-1].append((row, start, start + size))
             room -= size
     return groups
-
-
-def _arguments(module: nn.Module) -> frozenset[str] | None:
-    """Names of the keyword arguments that a forward takes; None: any."""
-    found = inspect.signature(module.forward).parameters.values()
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in found):
-        return None
-    return frozenset(one.name for one in found)
 
 
 def _widen(logits: Tensor) -> Tensor:

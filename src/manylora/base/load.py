@@ -173,7 +173,7 @@ def load_base(
         folder=folder,
         fingerprint=fingerprint,
         notes=notes,
-    )
+    ).probed()
 
 
 def base_name(name: str) -> str:

@@ -48,8 +48,9 @@ def hollow_base(
         if skeleton.aliases(key)[0] == key:
             skeleton.put(key, _thin(skeleton.shape(key), key, chosen), torch.device("cpu"))
     tokenizer, _ = load_tokenizer(name, chat_template, trust_remote_code=trust_remote_code)
+    base = LanguageBase(skeleton.model, tokenizer=tokenizer, name=name, folder=folder, fingerprint="planned")
     with _few_layers(skeleton.model):
-        base = LanguageBase(skeleton.model, tokenizer=tokenizer, name=name, folder=folder, fingerprint="planned")
+        base.take(base.probe())
     return HollowBase(base, skeleton.in_float32, form, files, [why])
 
 

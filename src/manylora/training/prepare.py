@@ -175,7 +175,7 @@ def _language_base(config: Config, objects: Mapping[str, Any]) -> LanguageBase:
     if config.base.startswith("python:"):
         base = object_of(config.base, objects, "base")
         if isinstance(base, LanguageBase):
-            return base
+            return base.probed()
         raise ConfigError(
             f"the task {config.task} learns from text, and the base is a {type(base).__name__} without a tokenizer",
             next_step="set task: module to learn from tensors, or give a base that manylora.load_base made",
@@ -194,7 +194,7 @@ def _language_base(config: Config, objects: Mapping[str, Any]) -> LanguageBase:
 def _module_base(config: Config, objects: Mapping[str, Any]) -> FrozenModel:
     base = object_of(config.base, objects, "base") if config.base.startswith("python:") else None
     if isinstance(base, FrozenModel):
-        return base
+        return base.probed()
     raise ConfigError(
         f"the task {config.task} adapts a torch module, and base is {config.base!r}",
         next_step="manylora.train(config, base=manylora.FrozenModel(module), train_data=...)",

@@ -49,18 +49,17 @@ def use_attention(model: nn.Module, run: Callable[[], Tensor]) -> str:
     `run`: the states of some packed rows. It is called before and after. A model that attends otherwise than through
     torch's `scaled_dot_product_attention`, that fails or that gives other states is left as it was.
     """
-    own = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    own = _implementation(model)
     if own != "sdpa":
         return f"attention is the model's own ({own})"
     chosen: Any = model
     with torch.no_grad():
         before = run()
-        register()
-        chosen.set_attn_implementation(NAME)
+        take_attention(model)
         try:
             with attention_fallbacks() as reasons:
                 after = run()
-            if chosen.config._attn_implementation != NAME:
+            if not is_attended(model):
                 why = "its code has no place for another"
             elif not (after - before).norm() <= FAR.get(_dtype(model), 0.0) * before.norm():
                 why = "another gives other states"
@@ -73,6 +72,22 @@ def use_attention(model: nn.Module, run: Callable[[], Tensor]) -> str:
             why = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
         chosen.set_attn_implementation(own)
     return f"attention is torch's own: {why}"
+
+
+def is_attended(model: nn.Module) -> bool:
+    """Whether a model attends through this op."""
+    return _implementation(model) == NAME
+
+
+def take_attention(model: nn.Module) -> None:
+    """Have a transformers model attend through this op, untried."""
+    register()
+    chosen: Any = model
+    chosen.set_attn_implementation(NAME)
+
+
+def _implementation(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -27,13 +27,16 @@ PLAIN = "_manylora_plain_class"
 ROTARY = "apply_rotary_pos_emb"
 """The name by which the attention of transformers' models calls its rotation, a function of the modelling module."""
 
+Form = NormForm | GateForm | Rotation
+"""What a module was found to compute; of an attention module, what rotates."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Found:
-    """A module and what it computes; of an attention module, what rotates."""
+    """A module and what it computes."""
 
     module: nn.Module
-    form: NormForm | GateForm | Rotation
+    form: Form
 
     def switch(self) -> None:
         self.module.__dict__[FORM] = self.form
@@ -65,6 +68,19 @@ def use_elementwise(model: nn.Module, run: Callable[[], Tensor]) -> str:
     notes = [f"computed in few passes over memory: {', '.join(parts)}"] if used else []
     notes += [f"the model's own {kind} is kept: ours {why}" for kind, why in refused.items()]
     return "; ".join(notes) or "element-wise parts are computed by the model's own code: none is known here"
+
+
+def forms_of(model: nn.Module) -> dict[str, Form]:
+    """What the modules of a model that were switched compute, by name."""
+    return {name: vars(module)[FORM] for name, module in model.named_modules() if FORM in vars(module)}
+
+
+def take_forms(model: nn.Module, forms: Mapping[str, Form]) -> None:
+    """Have the modules of these names compute these forms, untried; those that were switched already stay."""
+    for name, form in forms.items():
+        module = model.get_submodule(name)
+        if FORM not in vars(module):
+            _Found(module, form).switch()
 
 
 def _tried(chosen: list[_Found], run: Callable[[], Tensor], before: Tensor, dtype: torch.dtype) -> str | None:
