@@ -1,7 +1,7 @@
 """The shared vocabulary of the code: sites, factors, batches, and the protocols that tables fill.
 
-Nothing here imports another part of manylora but `spec`, `errors` and `forwards`, so every layer of the house may
-import it.
+Nothing here imports another part of manylora but `spec`, `errors`, `forwards` and `gathering`, so every layer of the
+house may import it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from manylora.errors import RouteError
 from manylora.forwards import brought_forward, own_forward
+from manylora.gathering import gathered, gathered_again, is_gathered
 
 if TYPE_CHECKING:
     from manylora.spec import AdapterSpec
@@ -85,6 +86,23 @@ class SiteKind(Protocol):
         ...
 
 
+PACKED_NAMES = "packed_names"
+"""The attribute of a module with a packed weight that names the parameters which hold it."""
+
+
+def dense_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a module itself owns, by name, but for those that hold a packed weight."""
+    own = dict(module.named_parameters(recurse=False))
+    held = getattr(module, PACKED_NAMES, None)
+    return own if not held else {name: parameter for name, parameter in own.items() if name not in held}
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The dtype of a model's first floating parameter; None where it has none. What a weight is packed in is none."""
+    found = (parameter for module in model.modules() for parameter in dense_parameters(module).values())
+    return next((parameter.dtype for parameter in found if parameter.is_floating_point()), None)
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Site:
     """A map inside the base that may be adapted.
@@ -116,7 +134,8 @@ class Site:
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The frozen weight as (out, in): (O, I) of a linear map, (D, V) of an embedding. A view where it can be.
 
-        A packed weight is unpacked at each call and nothing is kept. `dtype` None: the base's own.
+        A packed weight is unpacked at each call and nothing is kept. `dtype` None: the base's own. It is read within
+        `gathered(site.module)`, and a view of it holds for no longer.
 
         Raises:
             RouteError: somebody has taken the weight out of memory.
@@ -142,7 +161,7 @@ class Site:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter that the module owns, in its own layout; a packed weight counts as one."""
-        own = {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters(recurse=False)}
+        own = {name: tuple(parameter.shape) for name, parameter in dense_parameters(self.module).items()}
         if self.packed is None:
             return own
         rows, columns = self.packed.shape
@@ -153,15 +172,24 @@ class Site:
         return self.kind.as_own(matrix, self.shapes()["weight"])
 
     def parameters(self) -> dict[str, Tensor]:
-        """The parameters that the module owns, in its own layout; a packed weight is unpacked."""
-        own = {name: parameter.detach() for name, parameter in self.module.named_parameters(recurse=False)}
-        if self.packed is None:
-            return own
-        return {"weight": self.own_layout(self.weight())} | own
+        """The parameters that the module owns, in its own layout; a packed weight is unpacked.
+
+        Views of them, or copies where they do not stay.
+        """
+        with gathered(self.module):
+            own = {name: parameter.detach() for name, parameter in dense_parameters(self.module).items()}
+            if is_gathered(self.module):
+                own = {name: parameter.clone() for name, parameter in own.items()}
+            if self.packed is None:
+                return own
+            return {"weight": self.own_layout(self.weight())} | own
 
     def map(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's own output, by the module's own code and whatever it brought."""
-        return own_forward(self.module, *args, **kwargs)
+        if not is_gathered(self.module):
+            return own_forward(self.module, *args, **kwargs)
+        with gathered_again(self.module):
+            return own_forward(self.module, *args, **kwargs)
 
     def num_parameters(self) -> int:
         """How many numbers the module owns, however they are stored."""

@@ -69,8 +69,8 @@ def test_the_gain_and_its_gradients_agree_with_finite_differences() -> None:
     magnitude = use.stack.tensors["magnitude"]
     gains = [gain.Gain(magnitude, torch.rand(2, 5, dtype=torch.float64) + 1, use.runs)]
     bias = torch.randn(5, dtype=torch.float64)
-    torch.testing.assert_close(gain.gained(y, gains, bias), gain.reference(y, gains, bias))
-    assert torch.autograd.gradcheck(lambda *_: gain.gained(y, gains, bias), (y, magnitude))
+    torch.testing.assert_close(gain.gained(y, gains, lambda: bias), gain.reference(y, gains, bias))
+    assert torch.autograd.gradcheck(lambda *_: gain.gained(y, gains, lambda: bias), (y, magnitude))
 
 
 def test_norms_are_found_once_for_every_change_of_the_factors(base, monkeypatch) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora.base.frozen import FrozenModel
+from manylora.base.packing.held import held_tensors
 from manylora.base.packing.linear import PackedLinear, pack_module, put_module
 from manylora.quant import PACKINGS
+from manylora.types import dense_parameters
 
 ROWS, COLUMNS = 96, 64
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -131,26 +133,41 @@ def test_a_cast_of_the_model_changes_no_packed_tensor(name: str, cast: Callable[
     assert module.weight.dtype == module.compute_dtype
 
 
-def test_a_move_takes_the_packed_tensors_along() -> None:
-    module, _ = pair("linear", "int8", torch.float32)
-    moved: list[torch.device] = []
-    packed = module.packed_weight
-
-    class Moves:
-        shape, format = packed.shape, packed.format
-
-        def tensors(self) -> dict[str, Tensor]:
-            return packed.tensors()
-
-        def to(self, device: torch.device) -> Moves:
-            moved.append(device)
-            return self
-
-    module.packed_weight = Moves()  # pyright: ignore[reportAttributeAccessIssue]
+@pytest.mark.parametrize("name", list(PACKINGS))
+def test_packed_tensors_are_frozen_parameters_that_a_move_takes_along_as_they_are(name: str) -> None:
+    module, _ = pair("linear", name, torch.float32)
+    own = dict(module.named_parameters())
+    assert {"bias", "weight_codes"} < own.keys()
+    assert own["weight_codes"].dtype in (torch.uint8, torch.int8)
+    assert not any(parameter.requires_grad for parameter in own.values())
+    assert "weight_codes" not in dense_parameters(module)
+    for key, tensor in held_tensors(module.packed_weight).items():
+        assert tensor is own[f"weight_{key}"]
     module.to(torch.float64)
-    assert moved == []
-    module.to("meta")
-    assert moved == [torch.device("meta")]
+    assert all(value is own[key] for key, value in module.named_parameters())
+    module.to("meta", torch.bfloat16)
+    assert all(value.is_meta for value in module.parameters())
+    assert module.packed_weight.tensors()["codes"].is_meta
+    dtypes = {key: value.dtype for key, value in own.items()}
+    assert {key: value.dtype for key, value in module.named_parameters()} == {**dtypes, "bias": torch.bfloat16}
+    module.to_empty(device="cpu")
+    assert {key: value.shape for key, value in module.named_parameters()} == {k: v.shape for k, v in own.items()}
+
+
+def test_a_product_is_that_of_the_parameters_that_stand_there_now() -> None:
+    """Whoever spreads the codes over devices puts other parameters in their place, also between the two passes."""
+    module, _ = pair("linear", "int8", torch.float32)
+    other, _ = pair("linear", "int8", torch.float32)
+    x = torch.randn(3, COLUMNS, requires_grad=True)
+    y = module(x)
+    held = module.packed_weight.tensors()["codes"]
+    module._parameters["weight_codes"] = nn.Parameter(held.clone(), requires_grad=False)
+    held.zero_()
+    y.sum().backward()
+    want = x.detach().clone().requires_grad_()
+    other(want).sum().backward()
+    assert torch.equal(x.grad, want.grad)
+    assert torch.equal(module(x), other(x))
 
 
 def test_a_copy_of_the_model_is_its_own() -> None:

@@ -14,6 +14,7 @@ from manylora.adapters.peft.config import task_type_of
 from manylora.base.original import Originals
 from manylora.base.sites import match_sites
 from manylora.errors import SpecError
+from manylora.gathering import gathered
 from manylora.methods import METHODS, WHOLE_COPY
 from manylora.methods.inits import INITS
 from manylora.ops.dropout import mix, site_key
@@ -59,7 +60,8 @@ class Adapter:
         for site in picked:
             generator = torch.Generator().manual_seed(mix(seed, site_key(site.name)) >> 1)
             original = partial(originals.weight, site)
-            factors[site.name] = method.init(site, resolved.rank_at(site.name), resolved, generator, original)
+            with gathered(site.module):
+                factors[site.name] = method.init(site, resolved.rank_at(site.name), resolved, generator, original)
         for name, site in full.items():
             if site.tied_to in full:
                 continue  # tied weights that are both copied share the copy of the first

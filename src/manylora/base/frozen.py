@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manylora.base.sites import find_sites
-from manylora.types import IGNORED, Batch, Outputs, Site, take_rows
+from manylora.types import IGNORED, Batch, Outputs, Site, dense_parameters, dtype_of, take_rows
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -71,7 +71,7 @@ class FrozenModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first floating parameter."""
-        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return dtype_of(self.model) or torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +94,8 @@ class FrozenModel:
     def num_parameters(self) -> int:
         """Parameters of the model, tied ones once; a packed weight counts its numbers, not its bytes."""
         packed = sum(math.prod(site.packed.shape) for site in self.sites.values() if site.packed is not None)
-        return packed + sum(parameter.numel() for parameter in self.model.parameters())
+        dense = {id(own): own.numel() for module in self.model.modules() for own in dense_parameters(module).values()}
+        return packed + sum(dense.values())
 
     def outputs(self, batch: Batch) -> Outputs:
         """The module's own outputs of a batch, floating inputs in the dtype of its weights."""

@@ -21,6 +21,7 @@ from manylora.base.tokenizer import template_digest, tokenizer_digest
 from manylora.base.transformers_base import TransformersBase, arguments
 from manylora.errors import BaseMismatch
 from manylora.forwards import Level, standing_in
+from manylora.gathering import gathered
 from manylora.ops.dropout import mix
 from manylora.ops.positions import LINEAR_DTYPES, linear_nats, nats, values_and_gradient, with_gradient
 from manylora.types import IGNORED, Batch, Site, take_rows
@@ -293,8 +294,9 @@ class LanguageOutputs:
             with torch.no_grad():
                 return self._run(*positions, [], fn)
         constant = self._head_is_constant(hidden, counts)
-        if constant and fn is nats and (linear := self._linear_head()) is not None:
-            return {"nats": linear_nats(hidden, labels, *linear)}
+        if constant and fn is nats and (head := self._linear_head()) is not None:
+            with gathered(head):
+                return {"nats": linear_nats(hidden, labels, head.weight, head.bias)}
         grouped = chunks(counts, max(1, CHUNK_ELEMENTS // self.base.vocabulary))
         # A head that is adapted, alone perhaps, wants a gradient where the states do not.
         if torch.is_grad_enabled() and (hidden.requires_grad or not constant):
@@ -318,13 +320,12 @@ class LanguageOutputs:
     def _head_site(self) -> Site | None:
         return next((site for site in self.base.sites.values() if site.is_head), None)
 
-    def _linear_head(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias where the logits are that linear map and no more, in a dtype that can do without logits."""
+    def _linear_head(self) -> nn.Linear | None:
+        """The head where the logits are that linear map and no more, in a dtype that can do without logits."""
         site = self._head_site
         if self.base.post_head != "none" or site is None or not site.plain or not isinstance(site.module, nn.Linear):
             return None
-        weight, bias = site.module.weight, site.module.bias
-        return (weight, bias) if weight.dtype in LINEAR_DTYPES else None
+        return site.module if site.module.weight.dtype in LINEAR_DTYPES else None
 
     def _run(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from manylora.base.kinds import KINDS
 from manylora.base.packing.linear import PackedLinear
 from manylora.errors import SiteNotFound, nearest_names
-from manylora.types import Site, SiteKind
+from manylora.types import Site, SiteKind, dense_parameters
 
 GROUPS = ("all-linear", "everything")
 
@@ -33,7 +33,7 @@ def find_sites(model: nn.Module, head: nn.Module | None = None) -> dict[str, Sit
     sites: dict[str, Site] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
+        own = dense_parameters(module)
         if not own and not isinstance(module, PackedLinear):
             continue
         kind, textbook = _kind(module)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from manylora.base.language import LanguageBase
 from manylora.base.packing.linear import pack_module, put_module
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from manylora.memory.trace import Trace
 
 
-@dataclasses.dataclass(slots=True)
+@dataclass(slots=True)
 class HollowBase:
     """A base whose weights were never read; `format` is what its linear weights are to be packed in (None: dense).
 
@@ -53,8 +53,8 @@ def without_weights(hollow: HollowBase, trace: Trace) -> Iterator[LanguageBase]:
     known = base._fingerprint
     base._fingerprint = known or "planned"  # to find it out would read the weights
     try:
+        backend(base.device)  # it tries its kernels, which needs numbers
         if hollow.format is not None:
-            backend(base.device)  # it tries its kernels, which needs numbers
             pack, packed = packer(hollow.format), {}
             for site in choose_sites(base.model, hollow.in_float32)[0]:
                 shape = site.out_in
@@ -62,7 +62,7 @@ def without_weights(hollow: HollowBase, trace: Trace) -> Iterator[LanguageBase]:
                     generator = torch.Generator().manual_seed(0)
                     packed[shape] = pack(site.name, torch.randn(shape, generator=generator))
                 modules.append((site.name, site.module))
-                made = pack_module(site.module, _hollow_packed(packed[shape], trace), base.dtype)
+                made = pack_module(site.module, packed[shape], base.dtype)
                 put_module(base.model, site.name, made)
         fakes: dict[int, nn.Parameter] = {}
         for module in base.model.modules():
@@ -83,15 +83,3 @@ def without_weights(hollow: HollowBase, trace: Trace) -> Iterator[LanguageBase]:
         for name, module in modules:
             put_module(base.model, name, module)
         base.sites = find_sites(base.model, base.head)
-
-
-def _hollow_packed(packed: Any, trace: Trace) -> Any:
-    """A packed weight whose tensors are fake, counted as weights."""
-    changed = {}
-    for field in dataclasses.fields(packed):
-        value = getattr(packed, field.name)
-        if isinstance(value, Tensor):
-            changed[field.name] = trace.fake_of(value, "weights")
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            changed[field.name] = _hollow_packed(value, trace)
-    return dataclasses.replace(packed, **changed)

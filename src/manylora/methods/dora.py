@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from manylora.gathering import gathered, is_gathered
 from manylora.methods.lora import Lora, used
 from manylora.ops.gain import Gain, gained, row_norms, row_squares
 from manylora.ops.low_rank import widened
@@ -64,11 +66,12 @@ class Dora(Lora):
 
     def delta(self, site: Site, factors: Factors, spec: AdapterSpec) -> Mapping[str, Tensor]:
         a, b = used(factors, spec.quantize)
-        weight = site.weight().to(a.device, torch.promote_types(a.dtype, torch.float32))
-        moved = torch.addmm(weight, b.to(weight), a.to(weight), alpha=spec.scale(site.name))
-        norms = torch.linalg.vector_norm(moved, dim=1)
-        gain = torch.where(norms > 0, factors.tensors["magnitude"].to(norms) / norms, 0.0)
-        return {"weight": site.own_layout(gain[:, None] * moved - weight)}
+        with gathered(site.module):
+            weight = site.weight().to(a.device, torch.promote_types(a.dtype, torch.float32))
+            moved = torch.addmm(weight, b.to(weight), a.to(weight), alpha=spec.scale(site.name))
+            norms = torch.linalg.vector_norm(moved, dim=1)
+            gain = torch.where(norms > 0, factors.tensors["magnitude"].to(norms) / norms, 0.0)
+            return {"weight": site.own_layout(gain[:, None] * moved - weight)}
 
     def forward(
         self, x: Tensor, y: Tensor | None, site: Site, uses: Sequence[Use], extra: tuple[tuple, dict]
@@ -85,8 +88,14 @@ class Dora(Lora):
 def _gained(y: Tensor, site: Site, uses: Sequence[Use]) -> Tensor:
     """The output of W + s B A with each row's length as its slot has it; the bias is no part of it."""
     gains = [Gain(use.stack.tensors["magnitude"], _norms_of(site, use.stack), use.runs) for use in uses]
-    bias = getattr(site.module, "bias", None)
-    return gained(y, gains, None if bias is None else bias.detach().to(y.dtype))
+    has_bias = getattr(site.module, "bias", None) is not None
+    return gained(y, gains, partial(_bias_of, site, y.dtype) if has_bias else None)
+
+
+def _bias_of(site: Site, dtype: torch.dtype) -> Tensor:
+    """(O,) the site's bias as it is now; a copy where it does not stay."""
+    with gathered(site.module):
+        return site.module.get_parameter("bias").detach().to(dtype, copy=is_gathered(site.module))
 
 
 @torch.no_grad()
@@ -97,13 +106,14 @@ def _norms_of(site: Site, stack: Stack) -> Tensor:
     found = _norms.get(stack)
     if found is not None and versions is not None and found.versions == versions:
         return found.norms
-    weight = site.weight()
-    squares = row_squares(weight) if found is None else found.squares
     a, b = stack.tensors["a"], stack.tensors["b"]
     if stack.anchors:
         a, b = widened(a, b, stack.anchors["a"], stack.anchors["b"])
-    scales = torch.tensor(stack.scales, dtype=torch.float64, device=weight.device)
-    _norms[stack] = found = _Norms(squares, row_norms(weight, squares, a, b, scales), versions)
+    with gathered(site.module):
+        weight = site.weight()
+        squares = row_squares(weight) if found is None else found.squares
+        scales = torch.tensor(stack.scales, dtype=torch.float64, device=weight.device)
+        _norms[stack] = found = _Norms(squares, row_norms(weight, squares, a, b, scales), versions)
     return found.norms
 
 

@@ -8,7 +8,7 @@ what training makes of it in the beginning would be lost; its difference from 1 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,11 @@ def reference(y: Tensor, gains: Sequence[Gain], bias: Tensor | None) -> Tensor:
     return flat.view(y.shape)
 
 
-def gained(y: Tensor, gains: Sequence[Gain], bias: Tensor | None) -> Tensor:
-    """y (..., O) with each item's own gain; items that no run names are left as they are. Gradients: y, magnitudes."""
+def gained(y: Tensor, gains: Sequence[Gain], bias: Callable[[], Tensor] | None) -> Tensor:
+    """y (..., O) with each item's own gain; items that no run names are left as they are. Gradients: y, magnitudes.
+
+    `bias` gives the bias (O,), in forward and again in backward: a frozen one may be away between the two.
+    """
     result: Tensor = _Gained.apply(y, gains, bias, *(gain.magnitude for gain in gains))
     return result
 
@@ -82,7 +85,10 @@ class _Gained(torch.autograd.Function):
     """Saves y and the gains less 1, (P, O) of each stack."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gains: Sequence[Gain], bias: Tensor | None, *magnitudes: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, gains: Sequence[Gain], read: Callable[[], Tensor] | None, *magnitudes: Tensor
+    ) -> Tensor:
+        bias = None if read is None else read()
         flat = y.reshape(-1, y.shape[-1])
         covered = len(gains) == 1 and gains[0].runs.covers_all
         out = torch.empty_like(flat) if covered else flat.clone()
@@ -93,7 +99,7 @@ class _Gained(torch.autograd.Function):
                 torch.addcmul(given, given, own, out=made)
                 if bias is not None:
                     made.sub_(own * bias)
-        ctx.gains, ctx.bias, ctx.shape = gains, bias, y.shape
+        ctx.gains, ctx.read, ctx.shape = gains, read, y.shape
         ctx.save_for_backward(flat, *lessened)
         return out.view(y.shape)
 
@@ -104,7 +110,7 @@ class _Gained(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         flat, *lessened = ctx.saved_tensors
         above = grad_outputs[0].reshape(flat.shape)
-        gains, bias = ctx.gains, ctx.bias
+        gains, bias = ctx.gains, None if ctx.read is None else ctx.read()
         covered = len(gains) == 1 and gains[0].runs.covers_all
         grad_y = torch.empty_like(above) if covered else above.clone()
         grads: list[Tensor] = []

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from manylora.gathering import gathered
 from manylora.ops.dropout import dropout_mask
 from manylora.ops.groups import Block, Grouping, grouping, index_of
 from manylora.ops.rounding import fake_quantised
@@ -182,9 +183,11 @@ def _through_base(call: _Call, above: Sequence[Tensor]) -> Tensor:
     if not call.with_base:
         return above[0].new_zeros(len(above[0]), call.sites[0][0].out_in[1])
     (first, _), *others = call.sites
-    grad_x = above[0] @ first.weight(above[0].dtype)
+    with gathered(first.module):
+        grad_x = above[0] @ first.weight(above[0].dtype)
     for (site, _), grad in zip(others, above[1:], strict=True):
-        grad_x.addmm_(grad, site.weight(grad.dtype))
+        with gathered(site.module):
+            grad_x.addmm_(grad, site.weight(grad.dtype))
     return grad_x
 
 

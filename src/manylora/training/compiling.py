@@ -21,6 +21,7 @@ from manylora.base.frozen import FrozenModel
 from manylora.base.layers import Layer, repeated_layers
 from manylora.errors import ConfigError
 from manylora.forwards import Level, StandIn, brought_forward, place_stand_in
+from manylora.gathering import is_gathered
 from manylora.memory.allocator import freed_memory_kept
 from manylora.training.checkpointing import Mode, checkpointed
 from manylora.training.step import ForwardTooLarge, micro_batches, probe_step
@@ -197,8 +198,10 @@ class _CompiledForward:
         return self.run(self.module, *args, **kwargs)
 
     def _is_compiled(self, site: Site) -> bool:
-        """Whether a site's own code is compiled with its layer: nobody adapts it."""
-        return site.packed is None and brought_forward(site.module) is None and not self.base.bank.adapts(site)
+        """Whether a site's own code is compiled with its layer: nobody adapts it, and its weight stays."""
+        if site.packed is not None or is_gathered(site.module):
+            return False
+        return brought_forward(site.module) is None and not self.base.bank.adapts(site)
 
 
 @cache

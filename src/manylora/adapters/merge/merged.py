@@ -31,6 +31,7 @@ from manylora.adapters.merge.weights import Weights
 from manylora.adapters.receipt import check_receipt
 from manylora.errors import ConfigError, MergeRefused, SpecError, nearest_names
 from manylora.files import refuse_occupied, write_folder_atomic
+from manylora.gathering import gathered
 from manylora.quant import PACKINGS
 from manylora.types import Site
 
@@ -130,7 +131,8 @@ def _weights(base: FrozenModel, adapter: Adapter, onto: str | None) -> tuple[Wei
 def _own_dense(site: Site, weight: Tensor) -> Tensor:
     """What the packed weight in the base stands for."""
     assert site.packed is not None
-    return site.packed.dense(weight.dtype).cpu()
+    with gathered(site.module):
+        return site.packed.dense(weight.dtype).cpu()
 
 
 def _measured(

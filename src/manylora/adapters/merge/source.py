@@ -15,6 +15,7 @@ from manylora.base.fingerprint import named_weight_files
 from manylora.base.frozen import FrozenModel
 from manylora.base.packing.stored import stored_format
 from manylora.base.tensors import TensorFiles
+from manylora.gathering import gathered
 from manylora.types import Site
 
 
@@ -109,7 +110,8 @@ def source_of(base: FrozenModel, sites: Sequence[str]) -> Source:
             value = source.read(place)
             # A packed weight is another number than its file's, and only the shape can be compared.
             own = None if parameter == "weight" and site.packed is not None else site.module.get_parameter(parameter)
-            same = own is None or torch.equal(value.to(own.dtype), own.detach().cpu())
+            with gathered(site.module):
+                same = own is None or torch.equal(value.to(own.dtype), own.detach().cpu())
             if tuple(value.shape) != shape or not same:
                 return MemorySource(base, f"{place.key!r} in its files is not {name}.{parameter} as it was loaded")
     return source

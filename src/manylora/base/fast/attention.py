@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from manylora.ops.attention import attention
 from manylora.ops.attention_layout import Layout, read_layout
+from manylora.types import dtype_of
 
 NAME = "manylora"
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -61,7 +62,7 @@ def use_attention(model: nn.Module, run: Callable[[], Tensor]) -> str:
                 after = run()
             if not is_attended(model):
                 why = "its code has no place for another"
-            elif not (after - before).norm() <= FAR.get(_dtype(model), 0.0) * before.norm():
+            elif not (after - before).norm() <= FAR.get(dtype_of(model) or torch.float32, 0.0) * before.norm():
                 why = "another gives other states"
             else:
                 part = f", but for: {'; '.join(reasons)}" if reasons else ""
@@ -112,10 +113,6 @@ def opaque_attention() -> Iterator[None]:
         yield
     finally:
         AttentionInterface.register(NAME, _attend)
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((part.dtype for part in model.parameters() if part.is_floating_point()), torch.float32)
 
 
 def _attend(

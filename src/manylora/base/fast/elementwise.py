@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from manylora.base.fast.attention import FAR
 from manylora.base.fast.forms import GateForm, NormForm, Rotation, find_gate, find_norm, find_rotation
+from manylora.types import dtype_of
 
 FORM = "_manylora_form"
 """The attribute of a switched module that holds what it was found to compute."""
@@ -49,7 +50,7 @@ def use_elementwise(model: nn.Module, run: Callable[[], Tensor]) -> str:
     `run`: the states of some packed rows. It is called before and after. What is not recognised, and what `run` does
     not come by, is left as it is; if the states differ or it fails, each kind of op is tried by itself.
     """
-    dtype = next((part.dtype for part in model.parameters() if part.is_floating_point()), torch.float32)
+    dtype = dtype_of(model) or torch.float32
     kinds: dict[str, list[_Found]] = {}
     for each in _find(model, dtype):
         kinds.setdefault(each.form.kind, []).append(each)

@@ -27,6 +27,7 @@ from manylora.ops.elementwise import (
     rotate_reference,
 )
 from manylora.ops.elementwise_norm import rms_norm, rms_norm_reference
+from manylora.types import dtype_of
 
 NEAR = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-6}
 """How far a module may be from the exact value, as a share of its norm; in float64 many narrow to float32."""
@@ -141,8 +142,7 @@ def find_gate(module: nn.Module) -> GateForm | None:
     others = [child for name, child in module.named_children() if name not in maps]
     if len(maps) not in (2, 3) or any(True for child in others for _ in child.parameters()) or not _takes_one(module):
         return None
-    dtype = next((part.dtype for part in module.parameters() if part.is_floating_point()), None)
-    dtype = dtype or next((getattr(child, "compute_dtype", None) for child in maps.values()), None)
+    dtype = dtype_of(module) or next((getattr(child, "compute_dtype", None) for child in maps.values()), None)
     if dtype not in DTYPES or module.training:
         return None
     made: Tensor | None = None

@@ -22,7 +22,7 @@ from manylora.base.sites import find_sites
 from manylora.base.skeleton import NotOneToOne, Skeleton
 from manylora.base.tensors import TensorFiles, give_back_memory
 from manylora.errors import BaseBroken
-from manylora.types import Packed, Site
+from manylora.types import Packed, Site, dense_parameters
 
 GIVE_BACK_BYTES = 1 << 20
 """Above it a weight's scratch memory is worth the milliseconds that it takes to give it back."""
@@ -58,7 +58,7 @@ class PackReport:
         """Add up what has stayed dense: experts in one tensor are no linear site, and may be most of a model."""
         seen: set[int] = set()
         for module in model.modules():
-            for parameter in module.parameters(recurse=False):
+            for parameter in dense_parameters(module).values():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     kind = type(module).__name__
