@@ -23,7 +23,7 @@ from pydantic import (
 
 from manylora import config_text
 from manylora.config_errors import as_config_error, unknown_key
-from manylora.config_short import DataPlace, OptimizerConfig, Section, StopConfig
+from manylora.config_short import DataPlace, ObjectiveConfig, OptimizerConfig, Section, StopConfig
 from manylora.config_values import (
     Names,
     Number,
@@ -295,6 +295,9 @@ class Config(Section):
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the base; never remembered")
     task: Annotated[str, in_table("task")] = Field(default="sft", description="what is learned and how it is scored")
+    objective: ObjectiveConfig = Field(
+        default_factory=ObjectiveConfig, description="what is minimised: null, a name, or {name: ..., its own settings}"
+    )
     data: DataConfig = Field(description="what is learned from")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="what is trained")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the optimiser and its steps")
@@ -361,7 +364,8 @@ _DATA_KEYS = frozenset({"data.train", "data.eval", "data.train.path", "data.eval
 # What a sweep varies: its keys have dots of their own, and each of its choices is a value of that key.
 _SPACE = "sweep.space."
 # Sections that may be written as one text, and the key that the text is.
-_SHORT = {"sweep.stop": StopConfig.short, "train.optimizer": OptimizerConfig.short}
+_SHORT = {"sweep.stop": StopConfig.short, "train.optimizer": OptimizerConfig.short,
+          "objective": ObjectiveConfig.short}  # fmt: skip
 # Values that are paths, and so are read relative to the place where they are written.
 _PATH_KEYS = frozenset({"base", "output", "data.chat_template", "adapter.from"} | _DATA_KEYS)
 
@@ -373,7 +377,8 @@ def _with_full_paths(key: str, value: Any, folder: Path) -> Any:
     if isinstance(value, Mapping):
         prefix = f"{key}." if key else ""
         return {name: _with_full_paths(f"{prefix}{name}", part, folder) for name, part in value.items()}
-    if key not in _PATH_KEYS:
+    may_be_word = key.startswith("objective.") and key in ObjectiveConfig.path_keys()
+    if key not in _PATH_KEYS and not may_be_word:
         return value
     if isinstance(value, list | tuple):
         return [_with_full_paths(key, part, folder) for part in value]
@@ -382,8 +387,8 @@ def _with_full_paths(key: str, value: Any, folder: Path) -> Any:
     if key in _DATA_KEYS and str(value).startswith(("hub:", "python:")):
         return str(value)
     full = (folder / Path(value).expanduser()).resolve()
-    if key == "base" and not full.exists() and not str(value).startswith((".", "/", "~")):
-        return str(value)  # builtin:..., or a hub id
+    if (key == "base" or may_be_word) and not full.exists() and not str(value).startswith((".", "/", "~")):
+        return str(value)  # builtin:..., or a hub id; a word that a setting knows
     return str(full)
 
 

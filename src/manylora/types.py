@@ -427,13 +427,14 @@ class Outputs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Follower:
-    """An adapter beside a member's own that no gradient trains: a copy of what the member starts from.
+    """An adapter beside a member's own that no gradient trains: a copy of what the member starts from, or another.
 
     After each step it keeps the share `decay` of what it was and takes the rest from the member: 1 stays the start, a
-    little less is a slow average.
+    little less is a slow average. `adapter` is the folder of another adapter of the same base, which stays as it is.
     """
 
     decay: float = 1.0
+    adapter: str | None = None
 
 
 class Beside(Protocol):
@@ -461,8 +462,21 @@ class Objective(Protocol):
     It holds nothing itself. What it learns of a member is the member's: `begin` before the first step, then `update`.
     """
 
-    followers: Mapping[str, Follower]
-    """The adapters that it wants kept beside each member's own, by name."""
+    supervises: frozenset[str]
+    """Where its labels stand: at `positions` of a row, at whole `rows`."""
+
+    @property
+    def followers(self) -> Mapping[str, Follower]:
+        """The adapters that it wants kept beside each member's own, by name."""
+        ...
+
+    def told(self, settings: Any) -> Objective:
+        """The same objective with settings of its own; those of equal settings are equal."""
+        ...
+
+    def summary(self, loss: float, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """What follows from the mean loss and the metrics of an evaluation, by name: a perplexity."""
+        ...
 
     def begin(self) -> Mapping[str, Tensor]:
         """The state of a member that has made no step; {}: this objective keeps none."""

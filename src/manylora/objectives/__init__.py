@@ -1,7 +1,13 @@
 """What is minimised: pure functions of (outputs, batch); one file each, one line in this table."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from manylora.table import Table
-from manylora.types import Objective
+
+if TYPE_CHECKING:
+    from manylora.types import Objective
 
 OBJECTIVES: Table[Objective] = Table(
     "objective",
@@ -10,3 +16,6 @@ OBJECTIVES: Table[Objective] = Table(
         "classification": "manylora.objectives.classification:CLASSIFICATION",
     },
 )
+
+SETTINGS: Table[type] = Table("objective with settings", {})
+"""The settings of those that have any, apart from them so that a configuration is checked without torch."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from manylora.adapters.adapter import Adapter
@@ -15,6 +16,7 @@ from manylora.base.load import load_base
 from manylora.data.batches import Epochs
 from manylora.errors import BaseMismatch, ConfigError
 from manylora.objectives import OBJECTIVES
+from manylora.objectives.objective import objective_of
 from manylora.tasks import TASKS
 from manylora.tasks.data import (
     RunData,
@@ -34,6 +36,7 @@ from manylora.training.rates import auto_rate
 if TYPE_CHECKING:
     from manylora.config import Config, TrainConfig
     from manylora.spec import AdapterSpec
+    from manylora.types import Objective
 
 
 class Stock:
@@ -49,7 +52,6 @@ class Stock:
     def __init__(self, config: Config, *, objects: Mapping[str, Any] | None = None, use_cache: bool = True):
         self.config = config
         self.task = TASKS.get(config.task)
-        self.objective = OBJECTIVES.get(self.task.objective)
         self._objects = objects or {}
         self.use_cache = use_cache
         self._data: dict[str, RunData] = {}
@@ -68,10 +70,41 @@ class Stock:
             )
         self.facts = self.data(config).facts
 
+    def objective(self, config: Config) -> Objective:
+        """What a configuration minimises: what it names, else what its task does.
+
+        Raises:
+            ConfigError: its labels stand elsewhere than the task's do.
+        """
+        own = OBJECTIVES.get(self.task.objective)
+        if config.objective.name is None:
+            return own
+        chosen = objective_of(config.objective.name, config.objective.own())
+        if not own.supervises <= chosen.supervises:
+            fitting = [name for name in OBJECTIVES if own.supervises <= OBJECTIVES.get(name).supervises]
+            raise ConfigError(
+                f"objective is {config.objective.name!r}, and the task {config.task!r} has labels at "
+                f"{' and '.join(own.supervises)}, which it does not learn from",
+                allowed=", ".join(fitting),
+            )
+        return chosen
+
     @property
     def slots_per_member(self) -> int:
-        """How many slots each member takes: its own, and one for each follower of the objective."""
-        return 1 + len(self.objective.followers)
+        """How many slots a member takes at most: its own, and one for each follower of its objective."""
+        return 1 + max(len(self.objective(config).followers) for config in (self.config, *self._searched()))
+
+    def _searched(self) -> Iterator[Config]:
+        """The configuration with every objective that a sweep may choose."""
+        space = {} if self.config.sweep is None else self.config.sweep.space
+        keys = [key for key, choices in space.items() if key.startswith("objective") and isinstance(choices, list)]
+        for picked in product(*(space[key] for key in keys)) if keys else ():
+            values = self.config.to_dict()
+            chosen = values["objective"] if isinstance(values["objective"], dict) else {"name": values["objective"]}
+            for key, choice in zip(keys, picked, strict=True):
+                setting = key.partition(".")[2]
+                chosen = chosen | {setting: choice} if setting else choice
+            yield type(self.config).model_validate(values | {"objective": chosen, "sweep": None})
 
     def data(self, config: Config) -> RunData:
         """The examples that a configuration names, read and encoded once for all members that name the same."""
@@ -133,7 +166,7 @@ class Stock:
             spec=spec,
             recipe=recipe,
             epochs=epochs,
-            objective=self.objective,
+            objective=self.objective(config),
             eval_examples=data.held_out,
         )
 

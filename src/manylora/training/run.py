@@ -33,7 +33,7 @@ from manylora.training.compiling import choose_compiling, compiled
 from manylora.training.expected import expected
 from manylora.training.fitting import Fit, asked, fit, keep_fit, kept_fit, modes_with
 from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
-from manylora.training.member import Member
+from manylora.training.member import Member, follower_start
 from manylora.training.orders import Given, Source
 from manylora.training.prepare import Stock, start_adapter
 
@@ -74,8 +74,9 @@ class RunRecorder:
                 tokens_per_s=fields["tokens_per_s"],
             )
         if name == "eval":
-            loss, perplexity = fields["loss"], fields["perplexity"]
-            self._console.note(f"step {fields['step']}  eval loss {loss:.4f}  perplexity {perplexity:.2f}")
+            numbers = {key: value for key, value in fields.items() if isinstance(value, float) and key != "loss"}
+            others = "".join(f"  {key} {value:.4g}" for key, value in numbers.items())
+            self._console.note(f"step {fields['step']}  eval loss {fields['loss']:.4f}{others}")
         self._trackers.event(name, fields)
 
     def note(self, text: str) -> None:
@@ -336,18 +337,17 @@ def compare(
     """Scores of a configuration's held-out rows for `base` and `adapter`; what each writes goes to samples.jsonl.
 
     `footnotes` say by metric what it is exactly.
-    The adapter is put into the first of `slots`, what it started from into the second where its objective has
-    followers: what a folder of an adapter does not hold has no part in its scores. The slots are empty afterwards.
+    The adapter is put into the first of `slots`, its objective's followers into the next ones, as they were at the
+    start: what a folder of an adapter does not hold has no part in its scores. The slots are empty afterwards.
     """
-    base, objective = stock.base, stock.objective
+    base, objective = stock.base, stock.objective(config)
     held_out, row_tokens = stock.data(config).held_out, stock.row_tokens(config)
     for slot in slots:
         bank.clear(slot)
     bank.put(adapter, slot=slots[0])
-    started = -1
-    if objective.followers:
-        started = slots[1]
-        bank.put(start_adapter(config, base), slot=started)
+    started = dict(zip(objective.followers, slots[1:], strict=False))
+    for name, slot in started.items():
+        bank.put(follower_start(objective.followers[name], start_adapter(config, base)), slot=slot)
     scores: dict[str, dict[str, Any]] = {}
     footnotes: Mapping[str, str] = {}
     written: dict[str, list[Sample]] = {}
@@ -355,7 +355,7 @@ def compare(
         (scores[who],) = evaluate_losses(
             base,
             held_out,
-            {slot: Aim.fresh(objective, started)},
+            {slot: Aim(objective, started, objective.begin())},
             row_tokens=row_tokens,
             rows_per_batch=config.train.rows_per_step,
         )
