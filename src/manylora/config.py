@@ -185,7 +185,10 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = Field(
         default_factory=OptimizerConfig, description="the optimiser: its name, or {name: sgd, its own settings}"
     )
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="how much weights decay; see decay")
+    decay: Literal["decoupled", "l2"] = Field(
+        default="decoupled", description="how: decoupled by the rate times weight_decay, l2: through the gradient"
+    )
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), description="decay of the optimiser's two averages"
     )

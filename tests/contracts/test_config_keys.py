@@ -68,6 +68,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.optimizer.rate_decay": (0.5, {"train.optimizer": "adagrad"}),
     "train.optimizer.initial_accumulator": (0.5, {"train.optimizer": "adagrad"}),
     "train.weight_decay": (0.5, {}),
+    "train.decay": ("l2", {"train.weight_decay": 0.5}),
     "train.betas": ([0.5, 0.9], {}),
     "train.epsilon": (1e-2, {}),
     "train.clip_norm": (1e-4, {}),

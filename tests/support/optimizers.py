@@ -15,6 +15,9 @@ OWN: dict[str, list[dict[str, Any]]] = {
 }
 """Settings other than the defaults, by optimiser."""
 
+SHARED: list[dict[str, Any]] = [{"decay": "l2"}]
+"""Settings other than the defaults that all optimisers have."""
+
 
 def optimizer(name: str, *, own: dict[str, Any] | None = None, **shared: Any) -> OptimizerSettings:
     """An optimiser with settings of its own, and with those that all have."""

@@ -82,13 +82,17 @@ def draw_gradients(bank: Bank, draw: torch.Generator, size: float = 1.0) -> None
                     own.copy_(torch.randn(own.shape, generator=draw, dtype=torch.float64) * size)
 
 
-def updates(step: int, chosen: tuple[dict, ...], slots: list[int], kind: str = "adamw") -> dict[int, SlotUpdate]:
+def updates(
+    step: int, chosen: tuple[dict, ...], slots: list[int], kind: str = "adamw", **more: Any
+) -> dict[int, SlotUpdate]:
     name, own = KINDS[kind]
     return {
         slot: SlotUpdate(
             step=step,
             rate=chosen[slot]["rate"],
-            optimizer=optimizer(name, own=own, **{key: one for key, one in chosen[slot].items() if key != "rate"}),
+            optimizer=optimizer(
+                name, own=own, **{key: one for key, one in (chosen[slot] | more).items() if key != "rate"}
+            ),
         )
         for slot in slots
     }
@@ -102,17 +106,18 @@ def torchs(twins: list[nn.Parameter], update: SlotUpdate, kind: str) -> Callable
     """A step of torch's own optimiser by the same settings."""
     name, rate, shared = KINDS[kind][0], update.rate, update.optimizer
     decay, betas = shared.weight_decay, shared.betas
-    if name == "adamw":
-        return torch.optim.AdamW(twins, lr=rate, weight_decay=decay, betas=betas, eps=shared.epsilon).step
+    within = decay if shared.decay == "l2" else 0.0
     own = dict(KINDS[kind][1])
     made: Any = {
-        "sgd": lambda: torch.optim.SGD(twins, lr=rate, **{"momentum": betas[0], **own}),
+        "adamw": lambda: torch.optim.Adam(twins, lr=rate, weight_decay=within, betas=betas, eps=shared.epsilon),
+        "sgd": lambda: torch.optim.SGD(twins, lr=rate, weight_decay=within, **{"momentum": betas[0], **own}),
         "rmsprop": lambda: torch.optim.RMSprop(
-            twins, lr=rate, eps=shared.epsilon, alpha=own.pop("smoothing", 0.99), **own
+            twins, lr=rate, weight_decay=within, eps=shared.epsilon, alpha=own.pop("smoothing", 0.99), **own
         ),
         "adagrad": lambda: torch.optim.Adagrad(
             twins,
             lr=rate,
+            weight_decay=within,
             eps=shared.epsilon,
             lr_decay=own.get("rate_decay", 0.0),
             initial_accumulator_value=own.get("initial_accumulator", 0.0),
@@ -122,18 +127,19 @@ def torchs(twins: list[nn.Parameter], update: SlotUpdate, kind: str) -> Callable
     def step() -> None:
         with torch.no_grad():
             for twin in twins:
-                twin.mul_(1 - rate * decay)  # decoupled: torch's own would go through the momentum
+                twin.mul_(1 - rate * (decay - within))  # decoupled: torch's own would go through the momentum
         made.step()
 
     return step
 
 
+@pytest.mark.parametrize("decay", ["decoupled", "l2"])
 @pytest.mark.parametrize("chosen", [UPDATES, ALIKE], ids=["mixed", "alike"])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_fifty_steps_equal_torchs_for_each_slot(kind: str, chosen: tuple[dict, ...]) -> None:
+def test_fifty_steps_equal_torchs_for_each_slot(kind: str, chosen: tuple[dict, ...], decay: str) -> None:
     bank = bank_of(*SPECS)
     twins = [[nn.Parameter(part) for part in held(bank, slot)] for slot in range(3)]
-    truth = [torchs(twins[slot], one, kind) for slot, one in updates(1, chosen, [0, 1, 2], kind).items()]
+    truth = [torchs(twins[slot], one, kind) for slot, one in updates(1, chosen, [0, 1, 2], kind, decay=decay).items()]
     own = optimizer_of(bank, kind)
     draw = torch.Generator().manual_seed(1)
     for step in range(1, 51):
@@ -146,7 +152,7 @@ def test_fifty_steps_equal_torchs_for_each_slot(kind: str, chosen: tuple[dict, .
             norm = torch.nn.utils.clip_grad_norm_(twins[slot], bound)
             assert norms[slot] == pytest.approx(norm.item(), rel=1e-13)
             truth[slot]()
-        own.step(updates(step, chosen, [0, 1, 2], kind), norms)
+        own.step(updates(step, chosen, [0, 1, 2], kind, decay=decay), norms)
         drop_gradients(bank)
         for slot in range(3):
             for got, want in zip(held(bank, slot), twins[slot], strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class OptimizerSettings:
     name: str = "adamw"
     own: Any = None
     weight_decay: float = 0.0
+    decay: Literal["decoupled", "l2"] = "decoupled"
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     clip_norm: float | None = None
@@ -220,12 +221,20 @@ class StackedOptimizer:
                 group.state[key].append(state[place])
 
     def _update(self, group: _Group) -> None:
-        """Decay the values of a group where its rule does not, and update them."""
-        decay = group.settings.optimizer.weight_decay
-        if decay and not self.rule.decays:
-            share = 1.0 - group.settings.rate * decay
-            torch._foreach_mul_(group.values, share)  # pyright: ignore[reportPrivateImportUsage]
-        self.rule.update(group.values, group.grads, group.state, group.settings)
+        """Decay the values of a group, as far as its rule does not, and update them.
+
+        Source: decoupled, 1711.05101, algorithm 2: w <- (1 - rate decay) w first; l2, algorithm 1: g <- g + decay w, as
+        the optimisers of torch do after the gradient was clipped.
+        """
+        settings, shared = group.settings, group.optimizer
+        if shared.weight_decay and (shared.decay == "l2" or not self.rule.decays):
+            if shared.decay == "l2":
+                torch._foreach_add_(group.grads, group.values, alpha=shared.weight_decay)  # pyright: ignore[reportPrivateImportUsage]
+            else:
+                share = 1.0 - settings.rate * shared.weight_decay
+                torch._foreach_mul_(group.values, share)  # pyright: ignore[reportPrivateImportUsage]
+            settings = replace(settings, optimizer=replace(shared, weight_decay=0.0))
+        self.rule.update(group.values, group.grads, group.state, settings)
 
     def _by_place(self, stacked: Tensor) -> tuple[Tensor, ...]:
         """The places of a tensor that outlives the step, each as (1, ...), as views that are made once.
