@@ -42,6 +42,9 @@ class OptimizerSettings:
         if self.own is None:
             object.__setattr__(self, "own", OPTIMIZERS.get(self.name).settings())
 
+    def check(self, sites: Collection[str]) -> None:
+        """Raise what cannot be of these settings where an adapter stands on `sites`."""
+
     def for_rule(self) -> OptimizerSettings:
         """What is left to a rule: the same but for what is done to gradients and rates before it is asked."""
         return replace(self, clip_norm=None)
