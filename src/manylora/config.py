@@ -155,6 +155,9 @@ class TrainConfig(Section):
     learning_rate: Annotated[float | Literal["auto"], BeforeValidator(rate_or_auto)] = Field(
         default=2e-4, description="peak learning rate; auto: the field's rule for the base and method, with its reason"
     )
+    rate_ratio: Annotated[Number, Field(gt=0)] = Field(
+        default=1.0, description="learning rate of factors b over that of factors a (LoRA+ takes 16)"
+    )
     schedule: Annotated[str, in_table("schedule")] = Field(default="cosine", description="course of the learning rate")
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(
         default=0.03, description="share of the steps spent warming up"

@@ -15,7 +15,7 @@ OWN: dict[str, list[dict[str, Any]]] = {
 }
 """Settings other than the defaults, by optimiser."""
 
-SHARED: list[dict[str, Any]] = [{"decay": "l2"}]
+SHARED: list[dict[str, Any]] = [{"decay": "l2"}, {"rate_ratio": 8.0}]
 """Settings other than the defaults that all optimisers have."""
 
 

@@ -291,6 +291,29 @@ def test_slots_of_equal_settings_are_updated_in_one_call() -> None:
     calls.clear()
     own.step(updates(1, (ALIKE[0], ALIKE[0], UPDATES[2]), [0, 1, 2]), gradient_norms(bank))
     assert calls == [(2 * num_tensors, 1e-2), (num_tensors, 5e-2)]
+    calls.clear()
+    own.step(updates(1, tuple(one | {"rate_ratio": 4.0} for one in ALIKE), [0, 1, 2]), gradient_norms(bank))
+    assert sorted(calls) == [(num_tensors // 2, 1e-2), (num_tensors // 2, 4e-2)]  # whole stacks again, a and b apart
+
+
+def test_the_rate_of_b_is_so_many_times_that_of_a() -> None:
+    """LoRA+: where gradients are equal, one step of AdamW moves numbers of b the ratio times as far as those of a."""
+    bank = bank_of(*SPECS)
+    before = {slot: held(bank, slot) for slot in range(3)}
+    for stack in bank.stacks.values():
+        for tensor in stack.tensors.values():
+            tensor.grad = torch.ones_like(tensor)
+    ratios, rate = (16.0, 1.0, 0.25), 1e-3
+    now = {
+        slot: SlotUpdate(rate=rate, step=1, optimizer=optimizer("adamw", epsilon=1e-30, rate_ratio=ratio))
+        for slot, ratio in enumerate(ratios)
+    }
+    optimizer_of(bank).step(now, gradient_norms(bank))
+    for slot, ratio in enumerate(ratios):
+        names = [(stack.method, name) for stack, _ in bank.places(slot) for name in stack.tensors]
+        for (method, name), was, is_ in zip(names, before[slot], held(bank, slot), strict=True):
+            factor = ratio if (method, name) == ("lora", "b") else 1.0
+            torch.testing.assert_close(was - is_, torch.full_like(was, factor * rate), rtol=1e-9, atol=0.0)
 
 
 class Factored(Rule):

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from manylora.adapters.bank import Bank
 from manylora.errors import CheckpointBroken
 from manylora.memory.allocator import lying_apart
+from manylora.methods import METHODS
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.rule import Rule, Shape
 from manylora.types import Stack
@@ -37,6 +38,7 @@ class OptimizerSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     clip_norm: float | None = None
+    rate_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if self.own is None:
@@ -47,16 +49,16 @@ class OptimizerSettings:
 
     def for_rule(self) -> OptimizerSettings:
         """What is left to a rule: the same but for what is done to gradients and rates before it is asked."""
-        return replace(self, clip_norm=None)
+        return replace(self, clip_norm=None, rate_ratio=1.0)
 
     def rate_factor(self, site: str, method: str, tensor: str) -> float:
         """What the learning rate is multiplied by for one tensor of a site."""
-        return 1.0
+        return self.rate_ratio if tensor in METHODS.get(method).raised else 1.0
 
     @property
     def one_rate(self) -> bool:
         """Whether all tensors have the same learning rate."""
-        return True
+        return self.rate_ratio == 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
