@@ -6,6 +6,7 @@ Relative paths in a file are relative to that file; those in overrides, to the c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -155,6 +156,12 @@ class TrainConfig(Section):
     learning_rate: Annotated[float | Literal["auto"], BeforeValidator(rate_or_auto)] = Field(
         default=2e-4, description="peak learning rate; auto: the field's rule for the base and method, with its reason"
     )
+    rate_ratio: Annotated[Number, Field(gt=0)] = Field(
+        default=1.0, description="learning rate of factors b over that of factors a (LoRA+ takes 16)"
+    )
+    rate_pattern: dict[str, Annotated[Number, Field(ge=0)]] = Field(
+        default={}, description="factors of the learning rate by the end of a site's name; 0: it stays as it is"
+    )
     schedule: Annotated[str, in_table("schedule")] = Field(default="cosine", description="course of the learning rate")
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(
         default=0.03, description="share of the steps spent warming up"
@@ -185,7 +192,10 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = Field(
         default_factory=OptimizerConfig, description="the optimiser: its name, or {name: sgd, its own settings}"
     )
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="how much weights decay; see decay")
+    decay: Literal["decoupled", "l2"] = Field(
+        default="decoupled", description="how: decoupled by the rate times weight_decay, l2: through the gradient"
+    )
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), description="decay of the optimiser's two averages"
     )
@@ -201,6 +211,16 @@ class TrainConfig(Section):
     compile: Literal["auto", "off", "layers"] = Field(
         default="auto", description="torch.compile of the layers; auto: in long runs, where a try shows them faster"
     )
+
+    @field_validator("rate_pattern")
+    @classmethod
+    def _regular_expressions(cls, patterns: dict[str, float]) -> dict[str, float]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"regular expressions; {pattern!r} is none: {error}") from None
+        return patterns
 
     @model_validator(mode="after")
     def _micro_batches_hold_rows(self) -> Self:

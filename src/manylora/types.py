@@ -254,6 +254,8 @@ class Method(Protocol):
     low_rank: bool
     """Whether its change of a weight is s B A of its factors and nothing else: what may be added up, cut, and stored in
     few bits."""
+    raised: frozenset[str]
+    """Names of the tensors whose learning rate `train.rate_ratio` multiplies."""
     peft: Mapping[str, Any] | None
     """The settings that mark its folders among PEFT's adapters of low rank; None: PEFT keeps it as a copied module."""
 

@@ -82,9 +82,10 @@ class Adapter:
         )
 
     @staticmethod
-    def check(base: FrozenModel, spec: AdapterSpec) -> None:
-        """Raise what `new` would of the spec itself, without drawing factors."""
-        _resolve(base, spec)
+    def check(base: FrozenModel, spec: AdapterSpec) -> list[str]:
+        """Raise what `new` would of the spec itself, without drawing factors; the names of the sites it stands on."""
+        picked, full, _, _ = _resolve(base, spec)
+        return [site.name for site in picked] + list(full)
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:

@@ -26,6 +26,7 @@ class Full:
     replaces = True
     factored = False
     low_rank = False
+    raised: frozenset[str] = frozenset()
     peft: Mapping[str, Any] | None = None
 
     def adapts(self, kind: SiteKind) -> bool:

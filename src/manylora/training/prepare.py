@@ -131,6 +131,7 @@ class Stock:
         """
         data = self.data(config)
         adapter = start_adapter(config, self.base)
+        optimizer_of(config.train).check(list(adapter.factors))
         member = self._laid_out(config, name, adapter.spec, data)
         self._say(coverage(self.base, adapter))
         return member, adapter
@@ -139,9 +140,10 @@ class Stock:
         """Raise what `member` would of the data and of the adapter's sites and ranks; no factors are drawn."""
         self.data(config)
         if config.adapter.from_ is None:
-            Adapter.check(self.base, config.adapter.spec())
+            sites = Adapter.check(self.base, config.adapter.spec())
         else:
-            start_adapter(config, self.base)
+            sites = list(start_adapter(config, self.base).factors)
+        optimizer_of(config.train).check(sites)
 
     def length(self, config: Config) -> tuple[int, int]:
         """(trained tokens, steps) of a member that runs to its end."""
