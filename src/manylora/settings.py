@@ -36,10 +36,16 @@ def number(
     at_least: float = -math.inf,
     above: float = -math.inf,
     below: float = math.inf,
+    at_most: float = math.inf,
     elsewhere: tuple[str, ...] = (),
 ) -> Any:
     """A field that holds a number; null is allowed where it is the default."""
-    bounds = [(at_least, f"at least {at_least:g}"), (above, f"above {above:g}"), (below, f"below {below:g}")]
+    bounds = [
+        (at_least, f"at least {at_least:g}"),
+        (above, f"above {above:g}"),
+        (below, f"below {below:g}"),
+        (at_most, f"at most {at_most:g}"),
+    ]
     allowed = " and ".join(words for bound, words in bounds if math.isfinite(bound)) or "a finite number"
     allowed += ", or null" if default is None else ""
 
@@ -49,7 +55,7 @@ def number(
         if value is None or isinstance(value, bool):
             raise TypeError
         found = float(value)  # of text too: YAML 1.1 readers leave 1e-3 as it is written
-        if not (math.isfinite(found) and at_least <= found < below and found > above):
+        if not (math.isfinite(found) and at_least <= found < below and above < found <= at_most):
             raise ValueError
         return found
 
