@@ -10,6 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from manylora.adapters.adapter import Adapter
+from manylora.adapters.receipt import check_receipt
 from manylora.base.frozen import FrozenModel
 from manylora.base.language import LanguageBase
 from manylora.base.load import load_base
@@ -29,7 +30,7 @@ from manylora.tasks.data import (
     tensor_data,
     text_data,
 )
-from manylora.training.member import Member, Recipe, steps_for, tokens_of, total_steps
+from manylora.training.member import Member, Recipe, follower_start, steps_for, tokens_of, total_steps
 from manylora.training.optim.stacked import OptimizerSettings
 from manylora.training.rates import auto_rate
 
@@ -133,6 +134,8 @@ class Stock:
         adapter = start_adapter(config, self.base)
         optimizer_of(config.train).check(list(adapter.factors))
         member = self._laid_out(config, name, adapter.spec, data)
+        for follower in member.objective.followers.values():
+            check_receipt(follower_start(follower, adapter), self.base)
         self._say(coverage(self.base, adapter))
         return member, adapter
 
