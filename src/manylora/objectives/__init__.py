@@ -14,8 +14,9 @@ OBJECTIVES: Table[Objective] = Table(
     {
         "causal-lm": "manylora.objectives.causal_lm:CAUSAL_LM",
         "classification": "manylora.objectives.classification:CLASSIFICATION",
+        "distill": "manylora.objectives.distill:DISTILL",
     },
 )
 
-SETTINGS: Table[type] = Table("objective with settings", {})
+SETTINGS: Table[type] = Table("objective with settings", {"distill": "manylora.objectives.settings:DistillSettings"})
 """The settings of those that have any, apart from them so that a configuration is checked without torch."""
