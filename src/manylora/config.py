@@ -6,6 +6,7 @@ Relative paths in a file are relative to that file; those in overrides, to the c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -158,6 +159,9 @@ class TrainConfig(Section):
     rate_ratio: Annotated[Number, Field(gt=0)] = Field(
         default=1.0, description="learning rate of factors b over that of factors a (LoRA+ takes 16)"
     )
+    rate_pattern: dict[str, Annotated[Number, Field(ge=0)]] = Field(
+        default={}, description="factors of the learning rate by the end of a site's name; 0: it stays as it is"
+    )
     schedule: Annotated[str, in_table("schedule")] = Field(default="cosine", description="course of the learning rate")
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(
         default=0.03, description="share of the steps spent warming up"
@@ -207,6 +211,16 @@ class TrainConfig(Section):
     compile: Literal["auto", "off", "layers"] = Field(
         default="auto", description="torch.compile of the layers; auto: in long runs, where a try shows them faster"
     )
+
+    @field_validator("rate_pattern")
+    @classmethod
+    def _regular_expressions(cls, patterns: dict[str, float]) -> dict[str, float]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"regular expressions; {pattern!r} is none: {error}") from None
+        return patterns
 
     @model_validator(mode="after")
     def _micro_batches_hold_rows(self) -> Self:

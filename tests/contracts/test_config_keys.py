@@ -50,6 +50,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapter.from": ("{adapter}", {}),
     "train.learning_rate": (1e-3, {}),
     "train.rate_ratio": (4.0, {}),
+    "train.rate_pattern": ({"q_proj": 0}, {}),
     "train.schedule": ("constant", {}),
     "train.warmup_ratio": (0.9, {}),
     "train.warmup_steps": (3, {}),

@@ -15,7 +15,11 @@ OWN: dict[str, list[dict[str, Any]]] = {
 }
 """Settings other than the defaults, by optimiser."""
 
-SHARED: list[dict[str, Any]] = [{"decay": "l2"}, {"rate_ratio": 8.0}]
+SHARED: list[dict[str, Any]] = [
+    {"decay": "l2"},
+    {"rate_ratio": 8.0},
+    {"rate_pattern": {"q_proj": 0.0, "layers.0.*": 3.0}},
+]
 """Settings other than the defaults that all optimisers have."""
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
+from manylora.errors import ConfigError
 from manylora.spec import AdapterSpec
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.rule import Rule
@@ -314,6 +315,36 @@ def test_the_rate_of_b_is_so_many_times_that_of_a() -> None:
         for (method, name), was, is_ in zip(names, before[slot], held(bank, slot), strict=True):
             factor = ratio if (method, name) == ("lora", "b") else 1.0
             torch.testing.assert_close(was - is_, torch.full_like(was, factor * rate), rtol=1e-9, atol=0.0)
+
+
+def test_the_rate_of_a_site_is_that_of_the_first_pattern_it_matches() -> None:
+    bank = bank_of(*SPECS)
+    before = {slot: held(bank, slot) for slot in range(3)}
+    for stack in bank.stacks.values():
+        for tensor in stack.tensors.values():
+            tensor.grad = torch.ones_like(tensor)
+    patterns: tuple[dict[str, float], ...] = ({"0": 3.0, "[01]": 0.0}, {}, {"1": 0.5})
+    now = {
+        slot: SlotUpdate(
+            rate=1e-3, step=1, optimizer=optimizer("adamw", epsilon=1e-30, rate_ratio=2.0, rate_pattern=pattern)
+        )
+        for slot, pattern in enumerate(patterns)
+    }
+    optimizer_of(bank).step(now, gradient_norms(bank))
+    wanted: tuple[dict[str, float], ...] = ({"0": 3e-3, "1": 0.0}, {"0": 1e-3, "1": 1e-3}, {"0": 1e-3, "1": 5e-4})
+    for slot in range(3):
+        names = [(stack.site.name, stack.method, name) for stack, _ in bank.places(slot) for name in stack.tensors]
+        for (site, method, name), was, is_ in zip(names, before[slot], held(bank, slot), strict=True):
+            moved = wanted[slot][site] * (2.0 if (method, name) == ("lora", "b") else 1.0)
+            torch.testing.assert_close(was - is_, torch.full_like(was, moved), rtol=1e-9, atol=0.0)
+
+
+def test_a_pattern_that_matches_no_site_is_refused_with_near_names() -> None:
+    sites = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    optimizer("adamw", rate_pattern={"q_proj": 2.0, r"layers\.0\..*": 0.5}).check(sites)
+    with pytest.raises(ConfigError, match="'q_prj' matches none of the adapter's 2 sites") as caught:
+        optimizer("adamw", rate_pattern={"v_proj": 2.0, "q_prj": 2.0}).check(sites)
+    assert caught.value.nearest[0] == "q_proj"
 
 
 class Factored(Rule):

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from manylora.adapters.bank import Bank
-from manylora.errors import CheckpointBroken
+from manylora.errors import CheckpointBroken, ConfigError, nearest_names
 from manylora.memory.allocator import lying_apart
 from manylora.methods import METHODS
+from manylora.spec import match_pattern
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.rule import Rule, Shape
 from manylora.types import Stack
@@ -39,26 +40,43 @@ class OptimizerSettings:
     epsilon: float = 1e-8
     clip_norm: float | None = None
     rate_ratio: float = 1.0
+    rate_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.own is None:
             object.__setattr__(self, "own", OPTIMIZERS.get(self.name).settings())
 
     def check(self, sites: Collection[str]) -> None:
-        """Raise what cannot be of these settings where an adapter stands on `sites`."""
+        """Raise what cannot be of these settings where an adapter stands on `sites`.
+
+        Raises:
+            ConfigError: a pattern of `rate_pattern` that none of them matches.
+        """
+        for pattern in self.rate_pattern:
+            if not any(match_pattern({pattern: True}, site) for site in sites):
+                parts = [site.split(".") for site in sites]
+                endings = dict.fromkeys(".".join(part[-count:]) for count in (1, 2) for part in parts)
+                raise ConfigError(
+                    f"train.rate_pattern: {pattern!r} matches none of the adapter's {len(sites)} sites",
+                    nearest=nearest_names(pattern, [*endings, *sites]),
+                    allowed="the end of a site's name, or a regular expression for it, as in adapter.rank_pattern",
+                    next_step="list them: manylora inspect BASE --sites",
+                )
 
     def for_rule(self) -> OptimizerSettings:
         """What is left to a rule: the same but for what is done to gradients and rates before it is asked."""
-        return replace(self, clip_norm=None, rate_ratio=1.0)
+        return replace(self, clip_norm=None, rate_ratio=1.0, rate_pattern={})
 
     def rate_factor(self, site: str, method: str, tensor: str) -> float:
         """What the learning rate is multiplied by for one tensor of a site."""
-        return self.rate_ratio if tensor in METHODS.get(method).raised else 1.0
+        factor = match_pattern(self.rate_pattern, site)
+        ratio = self.rate_ratio if tensor in METHODS.get(method).raised else 1.0
+        return ratio if factor is None else factor * ratio
 
     @property
     def one_rate(self) -> bool:
         """Whether all tensors have the same learning rate."""
-        return self.rate_ratio == 1.0
+        return self.rate_ratio == 1.0 and not self.rate_pattern
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
