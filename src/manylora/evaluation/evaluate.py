@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
     from manylora.base.language import LanguageBase
     from manylora.data.example import Example
-    from manylora.tasks.task import Task
     from manylora.types import Objective
+
+
+class ScoresText(Protocol):
+    """What scores the answers of `evaluate_text`."""
+
+    def metrics(self, samples: Sequence[Sample]) -> Metrics:
+        """Scores of answers, by name; empty without samples."""
+        ...
 
 
 def evaluate_loss(
@@ -96,7 +103,7 @@ def evaluate_text(
     *,
     slot: int,
     max_new_tokens: int,
-    task: Task,
+    task: ScoresText,
     temperature: float = 0.0,
     seed: int = 0,
     max_inputs: int | None = None,

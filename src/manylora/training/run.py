@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.errors import ConfigError
-from manylora.evaluation.evaluate import evaluate_losses, evaluate_text
-from manylora.evaluation.sample import Sample
+from manylora.evaluation.evaluate import evaluate_losses
 from manylora.files import write_json_atomic, write_text_atomic
 from manylora.memory.allocator import freed_memory_kept
 from manylora.memory.device import peak_bytes
@@ -27,6 +26,7 @@ from manylora.runs.console import Progress
 from manylora.runs.events import EventLog
 from manylora.runs.folder import RunFolder
 from manylora.runs.trackers import Trackers
+from manylora.tasks.task import Answer
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.checkpointing import checkpointed
 from manylora.training.compiling import choose_compiling, compiled
@@ -350,7 +350,7 @@ def compare(
         bank.put(follower_start(objective.followers[name], start_adapter(config, base)), slot=slot)
     scores: dict[str, dict[str, Any]] = {}
     footnotes: Mapping[str, str] = {}
-    written: dict[str, list[Sample]] = {}
+    written: dict[str, Sequence[Answer]] = {}
     for who, slot in (("base", -1), ("adapter", slots[0])):
         (scores[who],) = evaluate_losses(
             base,
@@ -359,30 +359,16 @@ def compare(
             row_tokens=row_tokens,
             rows_per_batch=config.train.rows_per_step,
         )
-        if any(example.prompt_length for example in held_out):
-            metrics, answers = evaluate_text(
-                base,
-                held_out,
-                slot=slot,
-                max_new_tokens=config.evaluate.max_new_tokens,
-                temperature=config.evaluate.temperature,
-                task=stock.task,
-            )
-            scores[who] |= metrics
-            footnotes = stock.task.footnotes(answers)
-            written[who] = answers[: config.evaluate.samples]
+        scored = stock.task(config).score(base, held_out, config, slot=slot)
+        scores[who] |= scored.metrics
+        footnotes = scored.footnotes or footnotes
+        written[who] = scored.answers[: config.evaluate.samples]
     scores["footnotes"] = dict(footnotes)
     for slot in slots:
         bank.clear(slot)
     samples = [
-        {
-            "prompt": own.prompt,
-            "reference": own.references[0],
-            "base": bare.text,
-            "adapter": own.text,
-            "member": member,
-        }
-        for bare, own in zip(written.get("base", []), written.get("adapter", []), strict=True)
+        {**own.asked, "base": bare.given, "adapter": own.given, "member": member}
+        for bare, own in zip(written["base"], written["adapter"], strict=True)
     ]
     write_text_atomic(folder.path / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     return scores
