@@ -99,6 +99,9 @@ class Site:
     textbook: bool
     is_head: bool = False
     tied_to: str | None = None
+    lacks: Mapping[str, int | None] | None = None
+    """A head that the checkpoint lacks, so that each adapter brings its own: by parameter the dimension that is as
+    large as the adapter's number of outputs, None where none is. None: the base has this site's weights."""
 
     @property
     def plain(self) -> bool:
@@ -140,9 +143,15 @@ class Site:
             return self.packed.shape
         return self.kind.out_in(tuple(self.module.get_parameter("weight").shape))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter that the module owns, in its own layout; a packed weight counts as one."""
+    def shapes(self, outputs: int | None = None) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that the module owns, in its own layout; a packed weight counts as one.
+
+        `outputs`: of a head that the base lacks, for an adapter of so many outputs.
+        """
         own = {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters(recurse=False)}
+        for name, dimension in (self.lacks or {}).items():
+            if dimension is not None and outputs is not None:
+                own[name] = (*own[name][:dimension], outputs, *own[name][dimension + 1 :])
         if self.packed is None:
             return own
         rows, columns = self.packed.shape

@@ -45,6 +45,9 @@ class ModuleClasses:
     ) -> RunData:
         return tensor_data(config, base, objects)
 
+    def outputs(self, data: RunData) -> int | None:
+        return None
+
     def score(self, base: FrozenModel, examples: Sequence[Any], config: Config, *, slot: int) -> Scored:
         return Scored()
 

@@ -71,6 +71,10 @@ class Task(Protocol):
         """
         ...
 
+    def outputs(self, data: RunData) -> int | None:
+        """How many numbers an adapter's own head gives for these data; None: the base lacks no head."""
+        ...
+
     def score(self, base: FrozenModel, examples: Sequence[Any], config: Config, *, slot: int) -> Scored:
         """What one slot answers to held-out examples, beside what the objective measures of them."""
         ...

@@ -83,6 +83,9 @@ class TextTask:
         reading = reading_of(config, self.row_tokens(config, base)[0], self.kinds)
         return text_data(base, *found, reading, use_cache=use_cache)
 
+    def outputs(self, data: RunData) -> int | None:
+        return None
+
     def score(self, base: Any, examples: Sequence[Any], config: Config, *, slot: int) -> Scored:
         if not any(example.prompt_length for example in examples):
             return Scored()

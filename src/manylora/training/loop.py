@@ -393,7 +393,7 @@ class Loop:
         due = [member for member in due if member.eval_examples]
         groups: dict[tuple, list[Member]] = {}
         for member in due:
-            key = (id(member.eval_examples), member.epochs.row_tokens, member.objective)
+            key = (id(member.eval_examples), member.epochs.row_tokens, member.objective, self.bank.widths(member.slot))
             groups.setdefault(key, []).append(member)
         for group in groups.values():
             self._evaluate_group(group)

@@ -117,7 +117,7 @@ class Stock:
             UserError: its data, its adapter or its schedule cannot be had.
         """
         data = self.data(config)
-        adapter = start_adapter(config, self.base)
+        adapter = self.start(config)
         optimizer_of(config.train).check(list(adapter.factors))
         member = self._laid_out(config, name, adapter.spec, data)
         for follower in member.objective.followers.values():
@@ -125,13 +125,19 @@ class Stock:
         self._say(coverage(self.base, adapter))
         return member, adapter
 
+    def start(self, config: Config) -> Adapter:
+        """What a configuration's member starts from, with what its task says of itself."""
+        task = self.task(config)
+        adapter = start_adapter(config, self.base, outputs=task.outputs(self.data(config)))
+        return replace(adapter, record={"name": config.task, **task.record(config, self.base)})
+
     def check(self, config: Config) -> None:
         """Raise what `member` would of the data and of the adapter's sites and ranks; no factors are drawn."""
         self.data(config)
         if config.adapter.from_ is None:
             sites = Adapter.check(self.base, config.adapter.spec())
         else:
-            sites = list(start_adapter(config, self.base).factors)
+            sites = list(self.start(config).factors)
         optimizer_of(config.train).check(sites)
 
     def length(self, config: Config) -> tuple[int, int]:
@@ -186,13 +192,13 @@ def _split_seed(config: Config) -> int:
     return config.train.seed if config.data.split_seed is None else config.data.split_seed
 
 
-def start_adapter(config: Config, base: FrozenModel) -> Adapter:
+def start_adapter(config: Config, base: FrozenModel, *, outputs: int | None = None) -> Adapter:
     """A fresh adapter, or the one that `adapter.from` names with the dropout that is asked for.
 
     Raises:
         BaseMismatch: the adapter to continue was made for another base.
     """
-    spec = config.adapter.spec()
+    spec = replace(config.adapter.spec(), outputs=outputs)
     if config.adapter.from_ is None:
         return Adapter.new(base, spec, seed=config.train.seed)
     adapter = Adapter.load(config.adapter.from_)

@@ -35,7 +35,7 @@ from manylora.training.fitting import Fit, asked, fit, keep_fit, kept_fit, modes
 from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
 from manylora.training.member import Member, follower_start
 from manylora.training.orders import Given, Source
-from manylora.training.prepare import Stock, start_adapter
+from manylora.training.prepare import Stock
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
@@ -347,11 +347,12 @@ def compare(
     bank.put(adapter, slot=slots[0])
     started = dict(zip(objective.followers, slots[1:], strict=False))
     for name, slot in started.items():
-        bank.put(follower_start(objective.followers[name], start_adapter(config, base)), slot=slot)
+        bank.put(follower_start(objective.followers[name], stock.start(config)), slot=slot)
     scores: dict[str, dict[str, Any]] = {}
     footnotes: Mapping[str, str] = {}
     written: dict[str, Sequence[Answer]] = {}
-    for who, slot in (("base", -1), ("adapter", slots[0])):
+    asked = {"adapter": slots[0]} if base.lacking else {"base": -1, "adapter": slots[0]}
+    for who, slot in asked.items():
         (scores[who],) = evaluate_losses(
             base,
             held_out,
@@ -367,8 +368,8 @@ def compare(
     for slot in slots:
         bank.clear(slot)
     samples = [
-        {**own.asked, "base": bare.given, "adapter": own.given, "member": member}
-        for bare, own in zip(written["base"], written["adapter"], strict=True)
+        {**own.asked, **({} if base.lacking else {"base": bare.given}), "adapter": own.given, "member": member}
+        for bare, own in zip(written.get("base", written["adapter"]), written["adapter"], strict=True)
     ]
     write_text_atomic(folder.path / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     return scores
