@@ -6,6 +6,7 @@ Relative paths in a file are relative to that file; those in overrides, to the c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -23,7 +24,7 @@ from pydantic import (
 
 from manylora import config_text
 from manylora.config_errors import as_config_error, unknown_key
-from manylora.config_short import DataPlace, OptimizerConfig, Section, StopConfig
+from manylora.config_short import DataPlace, ObjectiveConfig, OptimizerConfig, Section, StopConfig
 from manylora.config_values import (
     Names,
     Number,
@@ -155,6 +156,12 @@ class TrainConfig(Section):
     learning_rate: Annotated[float | Literal["auto"], BeforeValidator(rate_or_auto)] = Field(
         default=2e-4, description="peak learning rate; auto: the field's rule for the base and method, with its reason"
     )
+    rate_ratio: Annotated[Number, Field(gt=0)] = Field(
+        default=1.0, description="learning rate of factors b over that of factors a (LoRA+ takes 16)"
+    )
+    rate_pattern: dict[str, Annotated[Number, Field(ge=0)]] = Field(
+        default={}, description="factors of the learning rate by the end of a site's name; 0: it stays as it is"
+    )
     schedule: Annotated[str, in_table("schedule")] = Field(default="cosine", description="course of the learning rate")
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = Field(
         default=0.03, description="share of the steps spent warming up"
@@ -185,7 +192,10 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = Field(
         default_factory=OptimizerConfig, description="the optimiser: its name, or {name: sgd, its own settings}"
     )
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="how much weights decay; see decay")
+    decay: Literal["decoupled", "l2"] = Field(
+        default="decoupled", description="how: decoupled by the rate times weight_decay, l2: through the gradient"
+    )
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), description="decay of the optimiser's two averages"
     )
@@ -201,6 +211,16 @@ class TrainConfig(Section):
     compile: Literal["auto", "off", "layers"] = Field(
         default="auto", description="torch.compile of the layers; auto: in long runs, where a try shows them faster"
     )
+
+    @field_validator("rate_pattern")
+    @classmethod
+    def _regular_expressions(cls, patterns: dict[str, float]) -> dict[str, float]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"regular expressions; {pattern!r} is none: {error}") from None
+        return patterns
 
     @model_validator(mode="after")
     def _micro_batches_hold_rows(self) -> Self:
@@ -295,6 +315,9 @@ class Config(Section):
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the base; never remembered")
     task: Annotated[str, in_table("task")] = Field(default="sft", description="what is learned and how it is scored")
+    objective: ObjectiveConfig = Field(
+        default_factory=ObjectiveConfig, description="what is minimised: null, a name, or {name: ..., its own settings}"
+    )
     data: DataConfig = Field(description="what is learned from")
     adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="what is trained")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the optimiser and its steps")
@@ -361,7 +384,8 @@ _DATA_KEYS = frozenset({"data.train", "data.eval", "data.train.path", "data.eval
 # What a sweep varies: its keys have dots of their own, and each of its choices is a value of that key.
 _SPACE = "sweep.space."
 # Sections that may be written as one text, and the key that the text is.
-_SHORT = {"sweep.stop": StopConfig.short, "train.optimizer": OptimizerConfig.short}
+_SHORT = {"sweep.stop": StopConfig.short, "train.optimizer": OptimizerConfig.short,
+          "objective": ObjectiveConfig.short}  # fmt: skip
 # Values that are paths, and so are read relative to the place where they are written.
 _PATH_KEYS = frozenset({"base", "output", "data.chat_template", "adapter.from"} | _DATA_KEYS)
 
@@ -373,7 +397,8 @@ def _with_full_paths(key: str, value: Any, folder: Path) -> Any:
     if isinstance(value, Mapping):
         prefix = f"{key}." if key else ""
         return {name: _with_full_paths(f"{prefix}{name}", part, folder) for name, part in value.items()}
-    if key not in _PATH_KEYS:
+    may_be_word = key.startswith("objective.") and key in ObjectiveConfig.path_keys()
+    if key not in _PATH_KEYS and not may_be_word:
         return value
     if isinstance(value, list | tuple):
         return [_with_full_paths(key, part, folder) for part in value]
@@ -382,8 +407,8 @@ def _with_full_paths(key: str, value: Any, folder: Path) -> Any:
     if key in _DATA_KEYS and str(value).startswith(("hub:", "python:")):
         return str(value)
     full = (folder / Path(value).expanduser()).resolve()
-    if key == "base" and not full.exists() and not str(value).startswith((".", "/", "~")):
-        return str(value)  # builtin:..., or a hub id
+    if (key == "base" or may_be_word) and not full.exists() and not str(value).startswith((".", "/", "~")):
+        return str(value)  # builtin:..., or a hub id; a word that a setting knows
     return str(full)
 
 

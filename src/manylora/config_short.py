@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from manylora import config_text
 from manylora.config_errors import unknown_setting
 from manylora.config_values import Number, Whole, in_table, table_of
-from manylora.settings import declared, read_settings
+from manylora.errors import ConfigError
+from manylora.settings import NoSettings, declared, read_settings
 
 
 class Section(BaseModel):
@@ -89,41 +90,60 @@ class StopConfig(ShortSection):
     )
 
 
-class OptimizerConfig(ShortSection):
-    """`train.optimizer`: in a file just the name, or a mapping that also gives settings of that optimiser's own.
+class ChosenConfig(ShortSection):
+    """A thing chosen by its name from a table: in a file just that, or a mapping that also gives settings of its own.
 
-    Which settings there are, and what is allowed of them, is declared by the optimiser: `training.optim.rule.Rule`.
+    Which settings there are, and what is allowed of them, each entry declares for itself (`manylora.settings`).
     """
 
     model_config = ConfigDict(extra="allow")
     short = "name"
+    kind: ClassVar[str]
+    """The kind of table, of `config_values.TABLES`."""
+    where: ClassVar[str]
+    """The key of the section."""
 
-    name: str = Field(default="adamw", description="the optimiser")
+    name: Any
+
+    @classmethod
+    def settings_of(cls) -> Mapping[str, type]:
+        """The settings that each entry declares for itself, by its name."""
+        table = table_of(cls.kind)
+        return {name: table.get(name).settings for name in table}
 
     @model_validator(mode="before")
     @classmethod
     def _settings_are_its_own(cls, value: Any) -> Any:
         given = {"name": value} if isinstance(value, str) else value
-        name = given.get("name", "adamw") if isinstance(given, Mapping) else None
+        default = cls.model_fields["name"].default
+        name = given.get("name") or default if isinstance(given, Mapping) else None
+        own = {key: one for key, one in given.items() if key != "name"} if isinstance(given, Mapping) else {}
+        if name is None and own:
+            raise ConfigError(
+                f"{cls.where}.{next(iter(own))} is given without {cls.where}.name",
+                allowed=", ".join(table_of(cls.kind)),
+            )
         if not isinstance(name, str):
             return value
-        settings = _own_settings()[table_of("optimizer").check(name)]
-        own = {key: one for key, one in given.items() if key != "name"}
+        known = cls.settings_of()
+        settings = known.get(table_of(cls.kind).check(name), NoSettings)
         for key, one in own.items():
             if key not in declared(settings):
-                owners = [other for other, has in _own_settings().items() if key in declared(has)]
-                raise unknown_setting(f"train.optimizer.{key}", one, name, declared(settings), owners)
-        read = read_settings(settings, own, "train.optimizer")
+                owners = [other for other, has in known.items() if key in declared(has)]
+                raise unknown_setting(f"{cls.where}.{key}", one, name, declared(settings), owners)
+        read = read_settings(settings, own, cls.where)
         return {"name": name} | {key: getattr(read, key) for key in declared(settings)}
 
     def own(self) -> Any:
-        """The settings of this optimiser alone, as its rule takes them."""
-        return _own_settings()[self.name](**(self.model_extra or {}))
+        """The settings of this entry alone, as it takes them; None where it has none."""
+        settings = self.settings_of().get(self.name)
+        return None if settings is None else settings(**(self.model_extra or {}))
 
     @classmethod
     def describe(cls, prefix: str) -> Iterator[tuple[str, str, str]]:
-        names = _own_settings()
-        yield prefix.removesuffix("."), cls.model_fields["name"].default, f"the optimiser: {', '.join(names)}"
+        field, names = cls.model_fields["name"], cls.settings_of()
+        listed = ", ".join(table_of(cls.kind))
+        yield prefix.removesuffix("."), config_text.dump_inline(field.default), f"{field.description}: {listed}"
         for key in dict.fromkeys(key for settings in names.values() for key in declared(settings)):
             owners = {name: settings for name, settings in names.items() if key in declared(settings)}
             defaults = {name: config_text.dump_inline(getattr(has(), key)) for name, has in owners.items()}
@@ -131,10 +151,33 @@ class OptimizerConfig(ShortSection):
             yield prefix + key, _by_owner(defaults, "{text} ({names})"), _by_owner(told, "{names}: {text}")
 
 
-def _own_settings() -> dict[str, Any]:
-    """The settings that each optimiser declares for itself, by its name."""
-    table = table_of("optimizer")
-    return {name: table.get(name).settings for name in table}
+class OptimizerConfig(ChosenConfig):
+    """`train.optimizer`; what is declared: `training.optim.rule.Rule`."""
+
+    kind = "optimizer"
+    where = "train.optimizer"
+
+    name: str = Field(default="adamw", description="the optimiser")
+
+
+class ObjectiveConfig(ChosenConfig):
+    """`objective`; what is declared: `objectives.SETTINGS`."""
+
+    kind = "objective"
+    where = "objective"
+
+    name: str | None = Field(default=None, description="what is minimised; null: what the task does")
+
+    @classmethod
+    def settings_of(cls) -> Mapping[str, type]:
+        table = table_of("objective with settings")
+        return {name: table.get(name) for name in table}
+
+    @classmethod
+    def path_keys(cls) -> frozenset[str]:
+        """The keys of settings that may name a path."""
+        settings = cls.settings_of().values()
+        return frozenset(f"{cls.where}.{key}" for has in settings for key, one in declared(has).items() if one.is_path)
 
 
 def _by_owner(texts: Mapping[str, str], form: str) -> str:

@@ -19,6 +19,8 @@ TABLES = MappingProxyType(
         "method": ("manylora.methods", "METHODS"),
         "init": ("manylora.methods.inits", "INITS"),
         "schedule": ("manylora.training.schedule", "SCHEDULES"),
+        "objective": ("manylora.objectives", "OBJECTIVES"),
+        "objective with settings": ("manylora.objectives", "SETTINGS"),
         "optimizer": ("manylora.training.optim", "OPTIMIZERS"),
         "track": ("manylora.runs.trackers", "TRACKERS"),
         "search": ("manylora.sweeps.searches", "SEARCHES"),

@@ -1,6 +1,7 @@
 """Settings that a part of the house declares for itself, each once: its default, what is allowed, and what it is.
 
-They are the fields of a frozen dataclass, made by `number` and `flag`. A configuration is checked against them.
+They are the fields of a frozen dataclass, made by `number`, `flag` and `word_or_path`. A configuration is checked
+against them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from manylora.errors import ConfigError
 class Setting:
     """One line that says what a setting is, what is allowed, how a value is read, and what other tools call it.
 
-    `read` gives the value as it is used, or raises ValueError or TypeError.
+    `read` gives the value as it is used, or raises ValueError or TypeError. `is_path`: relative paths are relative to
+    the file that they are written in.
     """
 
     description: str
     allowed: str
     read: Callable[[Any], Any]
     elsewhere: tuple[str, ...] = ()
+    is_path: bool = False
 
 
 def number(
@@ -33,10 +36,16 @@ def number(
     at_least: float = -math.inf,
     above: float = -math.inf,
     below: float = math.inf,
+    at_most: float = math.inf,
     elsewhere: tuple[str, ...] = (),
 ) -> Any:
     """A field that holds a number; null is allowed where it is the default."""
-    bounds = [(at_least, f"at least {at_least:g}"), (above, f"above {above:g}"), (below, f"below {below:g}")]
+    bounds = [
+        (at_least, f"at least {at_least:g}"),
+        (above, f"above {above:g}"),
+        (below, f"below {below:g}"),
+        (at_most, f"at most {at_most:g}"),
+    ]
     allowed = " and ".join(words for bound, words in bounds if math.isfinite(bound)) or "a finite number"
     allowed += ", or null" if default is None else ""
 
@@ -46,7 +55,7 @@ def number(
         if value is None or isinstance(value, bool):
             raise TypeError
         found = float(value)  # of text too: YAML 1.1 readers leave 1e-3 as it is written
-        if not (math.isfinite(found) and at_least <= found < below and found > above):
+        if not (math.isfinite(found) and at_least <= found < below and above < found <= at_most):
             raise ValueError
         return found
 
@@ -62,6 +71,18 @@ def flag(default: bool, description: str, *, elsewhere: tuple[str, ...] = ()) ->
         return value
 
     return field(default=default, metadata={"setting": Setting(description, "true or false", read, elsewhere)})
+
+
+def word_or_path(default: str, words: tuple[str, ...], description: str, *, elsewhere: tuple[str, ...] = ()) -> Any:
+    """A field that holds one of some words, or a path; the words go before files of the same names."""
+
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise TypeError
+        return value
+
+    allowed = f"{', '.join(words)}, or a path"
+    return field(default=default, metadata={"setting": Setting(description, allowed, read, elsewhere, is_path=True)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ class AdapterSpec:
     `sites` and `exclude` hold module-name endings (`q_proj`, `self_attn.q_proj`), globs (`*.layers.[0-3].*`), regular
     expressions (`re:...`) and the groups `all-linear` and `everything`. `full_sites` are trained as whole copies.
     `dropout` is a probability, applied to the input of the low-rank branch only. `quantize` (`int8`, `int4`) trains the
-    factors on the grid on which they are to be stored.
+    factors on the grid on which they are to be stored. `outputs` is how many numbers the heads give that the base
+    lacks, where it lacks any.
     """
 
     method: str = "lora"
@@ -47,6 +48,7 @@ class AdapterSpec:
     full_sites: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    outputs: int | None = None
 
     def __post_init__(self) -> None:
         ranks = {"rank": self.rank, **{f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}}

@@ -117,6 +117,9 @@ class Site:
     textbook: bool
     is_head: bool = False
     tied_to: str | None = None
+    lacks: Mapping[str, int | None] | None = None
+    """A head that the checkpoint lacks, so that each adapter brings its own: by parameter the dimension that is as
+    large as the adapter's number of outputs, None where none is. None: the base has this site's weights."""
 
     @property
     def plain(self) -> bool:
@@ -159,9 +162,15 @@ class Site:
             return self.packed.shape
         return self.kind.out_in(tuple(self.module.get_parameter("weight").shape))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter that the module owns, in its own layout; a packed weight counts as one."""
+    def shapes(self, outputs: int | None = None) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that the module owns, in its own layout; a packed weight counts as one.
+
+        `outputs`: of a head that the base lacks, for an adapter of so many outputs.
+        """
         own = {name: tuple(parameter.shape) for name, parameter in dense_parameters(self.module).items()}
+        for name, dimension in (self.lacks or {}).items():
+            if dimension is not None and outputs is not None:
+                own[name] = (*own[name][:dimension], outputs, *own[name][dimension + 1 :])
         if self.packed is None:
             return own
         rows, columns = self.packed.shape
@@ -282,6 +291,8 @@ class Method(Protocol):
     low_rank: bool
     """Whether its change of a weight is s B A of its factors and nothing else: what may be added up, cut, and stored in
     few bits."""
+    raised: frozenset[str]
+    """Names of the tensors whose learning rate `train.rate_ratio` multiplies."""
     peft: Mapping[str, Any] | None
     """The settings that mark its folders among PEFT's adapters of low rank; None: PEFT keeps it as a copied module."""
 
@@ -455,13 +466,14 @@ class Outputs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Follower:
-    """An adapter beside a member's own that no gradient trains: a copy of what the member starts from.
+    """An adapter beside a member's own that no gradient trains: a copy of what the member starts from, or another.
 
     After each step it keeps the share `decay` of what it was and takes the rest from the member: 1 stays the start, a
-    little less is a slow average.
+    little less is a slow average. `adapter` is the folder of another adapter of the same base, which stays as it is.
     """
 
     decay: float = 1.0
+    adapter: str | None = None
 
 
 class Beside(Protocol):
@@ -489,8 +501,21 @@ class Objective(Protocol):
     It holds nothing itself. What it learns of a member is the member's: `begin` before the first step, then `update`.
     """
 
-    followers: Mapping[str, Follower]
-    """The adapters that it wants kept beside each member's own, by name."""
+    supervises: frozenset[str]
+    """Where its labels stand: at `positions` of a row, at whole `rows`."""
+
+    @property
+    def followers(self) -> Mapping[str, Follower]:
+        """The adapters that it wants kept beside each member's own, by name."""
+        ...
+
+    def told(self, settings: Any) -> Objective:
+        """The same objective with settings of its own; those of equal settings are equal."""
+        ...
+
+    def summary(self, loss: float, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """What follows from the mean loss and the metrics of an evaluation, by name: a perplexity."""
+        ...
 
     def begin(self) -> Mapping[str, Tensor]:
         """The state of a member that has made no step; {}: this objective keeps none."""

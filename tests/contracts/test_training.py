@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fleets import Running, killed_after, member, spoilt
-from optimizers import KINDS
+from optimizers import KINDS, SHARED
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
@@ -104,13 +104,19 @@ def test_a_run_whose_only_member_goes_nan_is_an_error(make_base, make_examples) 
         run.run()
 
 
-@pytest.mark.parametrize("optimizer", list(KINDS))
+@pytest.mark.parametrize(
+    ("optimizer", "shared"),
+    [*((kind, {}) for kind in KINDS), *((kind, shared) for kind in OPTIMIZERS for shared in SHARED)],
+)
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_a_run_that_is_killed_resumes_to_the_same_bytes(optimizer, stop, tmp_path, make_base, make_examples) -> None:
+def test_a_run_that_is_killed_resumes_to_the_same_bytes(
+    optimizer, shared, stop, tmp_path, make_base, make_examples
+) -> None:
     held_out = make_examples(5, seed=9)
 
     def fresh(folder: Path) -> Running:
-        own = member("m", make_examples(30), spec=SPEC, optimizer=optimizer, held_out=held_out, evaluate_every=2)
+        changes = {"optimizer": optimizer, "held_out": held_out, "evaluate_every": 2, **shared}
+        own = member("m", make_examples(30), spec=SPEC, **changes)
         checkpoints, settings = Checkpoints(folder, keep=2), {"checkpoint_every": 1}
         return Running(make_base(), [own], torch.float32, checkpoints=checkpoints, settings=settings)
 
@@ -246,9 +252,10 @@ def test_adamw_decays_before_the_step_by_the_rate() -> None:
 
 
 def test_padding_stays_zero_under_every_optimizer(make_base, make_examples) -> None:
-    for name in KINDS:
+    for name, shared in ((name, shared) for name in KINDS for shared in ({}, *SHARED)):
         spec = AdapterSpec(rank=5, dropout=0.1)
-        run = Running(make_base(), [member("m", make_examples(20), spec=spec, optimizer=name)], torch.float32).run()
+        own = member("m", make_examples(20), spec=spec, optimizer=name, **shared)
+        run = Running(make_base(), [own], torch.float32).run()
         for stack in run.bank.stacks.values():
             assert stack.shape_class == 8
             assert not stack.tensors["a"][0, 5:].any()

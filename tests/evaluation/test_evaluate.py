@@ -17,7 +17,6 @@ from manylora.evaluation import evaluate_loss, evaluate_losses, evaluate_text
 from manylora.generation import encode_prompt, generate, render_conversation
 from manylora.objectives import OBJECTIVES
 from manylora.objectives.forward import Aim
-from manylora.objectives.objective import Stateless
 from manylora.tasks import TASKS, Sample
 
 OBJECTIVE = OBJECTIVES.get("causal-lm")
@@ -77,9 +76,7 @@ def test_evaluation_leaves_no_gradient_and_no_mode_behind(base, examples, adapte
 
 
 def test_a_perplexity_above_the_largest_float_is_infinite(base, examples):
-    class Huge(Stateless):
-        weight = staticmethod(OBJECTIVE.weight)
-
+    class Huge(type(OBJECTIVE)):
         def __call__(self, outputs, batch, beside):
             totals = OBJECTIVE(outputs, batch)
             return replace(totals, total=totals.total * 1e6)

@@ -15,6 +15,13 @@ OWN: dict[str, list[dict[str, Any]]] = {
 }
 """Settings other than the defaults, by optimiser."""
 
+SHARED: list[dict[str, Any]] = [
+    {"decay": "l2"},
+    {"rate_ratio": 8.0},
+    {"rate_pattern": {"q_proj": 0.0, "layers.0.*": 3.0}},
+]
+"""Settings other than the defaults that all optimisers have."""
+
 
 def optimizer(name: str, *, own: dict[str, Any] | None = None, **shared: Any) -> OptimizerSettings:
     """An optimiser with settings of its own, and with those that all have."""

@@ -118,6 +118,20 @@ def survivors(director: Director) -> dict[float, int]:
     return {entry.values["train.learning_rate"]: entry.tokens for entry in director.entries()}
 
 
+def test_an_optimizer_and_a_setting_of_its_own_vary_in_any_order() -> None:
+    space = {"train.optimizer.momentum": [0.5, 0.9], "train.optimizer": ["sgd", {"name": "rmsprop", "centered": True}]}
+    config = load_config({"base": "b", "data": {"train": "t"}, "output": "o", "sweep": {"space": space}})
+    trials = Trials(config, parse_space(space))
+    for optimizer, name in zip(space["train.optimizer"], ("sgd", "rmsprop"), strict=True):
+        values = {"train.optimizer.momentum": 0.5, "train.optimizer": optimizer}
+        for ordered in (values, dict(reversed(values.items()))):
+            chosen = trials.config("trial-000", ordered).train.optimizer
+            assert (chosen.name, chosen.own().momentum) == (name, 0.5)
+    wrong = {"train.optimizer": ["adamw"], "train.optimizer.momentum": [0.5]}
+    with pytest.raises(ConfigError, match="adamw has no such setting"):
+        Trials(config, parse_space(wrong))
+
+
 @pytest.mark.parametrize("slots", [1, 2, 4, 9])
 def test_halving_keeps_the_same_trials_however_many_slots_there_are(slots: int) -> None:
     director = direct()

@@ -54,7 +54,7 @@ def test_every_task_names_an_objective_and_an_auto_class():
         task = TASKS.get(name)
         assert task.name == name
         assert task.objective in OBJECTIVES
-        assert hasattr(transformers, task.auto) if task.kinds else not task.auto  # a module is given, not loaded
+        assert not task.auto or hasattr(transformers, task.auto)  # a module is given, not loaded
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name():

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
+from manylora.errors import ConfigError
 from manylora.spec import AdapterSpec
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.rule import Rule
@@ -82,13 +83,17 @@ def draw_gradients(bank: Bank, draw: torch.Generator, size: float = 1.0) -> None
                     own.copy_(torch.randn(own.shape, generator=draw, dtype=torch.float64) * size)
 
 
-def updates(step: int, chosen: tuple[dict, ...], slots: list[int], kind: str = "adamw") -> dict[int, SlotUpdate]:
+def updates(
+    step: int, chosen: tuple[dict, ...], slots: list[int], kind: str = "adamw", **more: Any
+) -> dict[int, SlotUpdate]:
     name, own = KINDS[kind]
     return {
         slot: SlotUpdate(
             step=step,
             rate=chosen[slot]["rate"],
-            optimizer=optimizer(name, own=own, **{key: one for key, one in chosen[slot].items() if key != "rate"}),
+            optimizer=optimizer(
+                name, own=own, **{key: one for key, one in (chosen[slot] | more).items() if key != "rate"}
+            ),
         )
         for slot in slots
     }
@@ -102,17 +107,18 @@ def torchs(twins: list[nn.Parameter], update: SlotUpdate, kind: str) -> Callable
     """A step of torch's own optimiser by the same settings."""
     name, rate, shared = KINDS[kind][0], update.rate, update.optimizer
     decay, betas = shared.weight_decay, shared.betas
-    if name == "adamw":
-        return torch.optim.AdamW(twins, lr=rate, weight_decay=decay, betas=betas, eps=shared.epsilon).step
+    within = decay if shared.decay == "l2" else 0.0
     own = dict(KINDS[kind][1])
     made: Any = {
-        "sgd": lambda: torch.optim.SGD(twins, lr=rate, **{"momentum": betas[0], **own}),
+        "adamw": lambda: torch.optim.Adam(twins, lr=rate, weight_decay=within, betas=betas, eps=shared.epsilon),
+        "sgd": lambda: torch.optim.SGD(twins, lr=rate, weight_decay=within, **{"momentum": betas[0], **own}),
         "rmsprop": lambda: torch.optim.RMSprop(
-            twins, lr=rate, eps=shared.epsilon, alpha=own.pop("smoothing", 0.99), **own
+            twins, lr=rate, weight_decay=within, eps=shared.epsilon, alpha=own.pop("smoothing", 0.99), **own
         ),
         "adagrad": lambda: torch.optim.Adagrad(
             twins,
             lr=rate,
+            weight_decay=within,
             eps=shared.epsilon,
             lr_decay=own.get("rate_decay", 0.0),
             initial_accumulator_value=own.get("initial_accumulator", 0.0),
@@ -122,18 +128,19 @@ def torchs(twins: list[nn.Parameter], update: SlotUpdate, kind: str) -> Callable
     def step() -> None:
         with torch.no_grad():
             for twin in twins:
-                twin.mul_(1 - rate * decay)  # decoupled: torch's own would go through the momentum
+                twin.mul_(1 - rate * (decay - within))  # decoupled: torch's own would go through the momentum
         made.step()
 
     return step
 
 
+@pytest.mark.parametrize("decay", ["decoupled", "l2"])
 @pytest.mark.parametrize("chosen", [UPDATES, ALIKE], ids=["mixed", "alike"])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_fifty_steps_equal_torchs_for_each_slot(kind: str, chosen: tuple[dict, ...]) -> None:
+def test_fifty_steps_equal_torchs_for_each_slot(kind: str, chosen: tuple[dict, ...], decay: str) -> None:
     bank = bank_of(*SPECS)
     twins = [[nn.Parameter(part) for part in held(bank, slot)] for slot in range(3)]
-    truth = [torchs(twins[slot], one, kind) for slot, one in updates(1, chosen, [0, 1, 2], kind).items()]
+    truth = [torchs(twins[slot], one, kind) for slot, one in updates(1, chosen, [0, 1, 2], kind, decay=decay).items()]
     own = optimizer_of(bank, kind)
     draw = torch.Generator().manual_seed(1)
     for step in range(1, 51):
@@ -146,7 +153,7 @@ def test_fifty_steps_equal_torchs_for_each_slot(kind: str, chosen: tuple[dict, .
             norm = torch.nn.utils.clip_grad_norm_(twins[slot], bound)
             assert norms[slot] == pytest.approx(norm.item(), rel=1e-13)
             truth[slot]()
-        own.step(updates(step, chosen, [0, 1, 2], kind), norms)
+        own.step(updates(step, chosen, [0, 1, 2], kind, decay=decay), norms)
         drop_gradients(bank)
         for slot in range(3):
             for got, want in zip(held(bank, slot), twins[slot], strict=True):
@@ -285,6 +292,59 @@ def test_slots_of_equal_settings_are_updated_in_one_call() -> None:
     calls.clear()
     own.step(updates(1, (ALIKE[0], ALIKE[0], UPDATES[2]), [0, 1, 2]), gradient_norms(bank))
     assert calls == [(2 * num_tensors, 1e-2), (num_tensors, 5e-2)]
+    calls.clear()
+    own.step(updates(1, tuple(one | {"rate_ratio": 4.0} for one in ALIKE), [0, 1, 2]), gradient_norms(bank))
+    assert sorted(calls) == [(num_tensors // 2, 1e-2), (num_tensors // 2, 4e-2)]  # whole stacks again, a and b apart
+
+
+def test_the_rate_of_b_is_so_many_times_that_of_a() -> None:
+    """LoRA+: where gradients are equal, one step of AdamW moves numbers of b the ratio times as far as those of a."""
+    bank = bank_of(*SPECS)
+    before = {slot: held(bank, slot) for slot in range(3)}
+    for stack in bank.stacks.values():
+        for tensor in stack.tensors.values():
+            tensor.grad = torch.ones_like(tensor)
+    ratios, rate = (16.0, 1.0, 0.25), 1e-3
+    now = {
+        slot: SlotUpdate(rate=rate, step=1, optimizer=optimizer("adamw", epsilon=1e-30, rate_ratio=ratio))
+        for slot, ratio in enumerate(ratios)
+    }
+    optimizer_of(bank).step(now, gradient_norms(bank))
+    for slot, ratio in enumerate(ratios):
+        names = [(stack.method, name) for stack, _ in bank.places(slot) for name in stack.tensors]
+        for (method, name), was, is_ in zip(names, before[slot], held(bank, slot), strict=True):
+            factor = ratio if (method, name) == ("lora", "b") else 1.0
+            torch.testing.assert_close(was - is_, torch.full_like(was, factor * rate), rtol=1e-9, atol=0.0)
+
+
+def test_the_rate_of_a_site_is_that_of_the_first_pattern_it_matches() -> None:
+    bank = bank_of(*SPECS)
+    before = {slot: held(bank, slot) for slot in range(3)}
+    for stack in bank.stacks.values():
+        for tensor in stack.tensors.values():
+            tensor.grad = torch.ones_like(tensor)
+    patterns: tuple[dict[str, float], ...] = ({"0": 3.0, "[01]": 0.0}, {}, {"1": 0.5})
+    now = {
+        slot: SlotUpdate(
+            rate=1e-3, step=1, optimizer=optimizer("adamw", epsilon=1e-30, rate_ratio=2.0, rate_pattern=pattern)
+        )
+        for slot, pattern in enumerate(patterns)
+    }
+    optimizer_of(bank).step(now, gradient_norms(bank))
+    wanted: tuple[dict[str, float], ...] = ({"0": 3e-3, "1": 0.0}, {"0": 1e-3, "1": 1e-3}, {"0": 1e-3, "1": 5e-4})
+    for slot in range(3):
+        names = [(stack.site.name, stack.method, name) for stack, _ in bank.places(slot) for name in stack.tensors]
+        for (site, method, name), was, is_ in zip(names, before[slot], held(bank, slot), strict=True):
+            moved = wanted[slot][site] * (2.0 if (method, name) == ("lora", "b") else 1.0)
+            torch.testing.assert_close(was - is_, torch.full_like(was, moved), rtol=1e-9, atol=0.0)
+
+
+def test_a_pattern_that_matches_no_site_is_refused_with_near_names() -> None:
+    sites = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    optimizer("adamw", rate_pattern={"q_proj": 2.0, r"layers\.0\..*": 0.5}).check(sites)
+    with pytest.raises(ConfigError, match="'q_prj' matches none of the adapter's 2 sites") as caught:
+        optimizer("adamw", rate_pattern={"v_proj": 2.0, "q_prj": 2.0}).check(sites)
+    assert caught.value.nearest[0] == "q_proj"
 
 
 class Factored(Rule):

@@ -40,6 +40,8 @@ class Adapter:
     """Low-rank sites that are no plain linear map, and what they are, by the names of `base.kinds`."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Names in `spec.full_sites` without factors of their own, and the site whose copy they share."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What the task that it was trained for says of itself, {}: nothing."""
     task_type: str | None = None
     """PEFT's word for what the base computes, None: not said."""
 
@@ -84,9 +86,10 @@ class Adapter:
         )
 
     @staticmethod
-    def check(base: FrozenModel, spec: AdapterSpec) -> None:
-        """Raise what `new` would of the spec itself, without drawing factors."""
-        _resolve(base, spec)
+    def check(base: FrozenModel, spec: AdapterSpec) -> list[str]:
+        """Raise what `new` would of the spec itself, without drawing factors; the names of the sites it stands on."""
+        picked, full, _, _ = _resolve(base, spec)
+        return [site.name for site in picked] + list(full)
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:
@@ -191,7 +194,9 @@ def _resolve(base: FrozenModel, spec: AdapterSpec) -> tuple[list[Site], dict[str
 
 
 def _full_sites(base: FrozenModel, spec: AdapterSpec) -> list[Site]:
-    return match_sites(base.sites, spec.full_sites) if spec.full_sites else []
+    """Those that are named, and every head that the base lacks: an adapter without one would have no answers."""
+    named = match_sites(base.sites, spec.full_sites) if spec.full_sites else []
+    return [*named, *(site for site in base.lacking if site not in named)]
 
 
 def _cap(sites: list[Site], spec: AdapterSpec) -> tuple[dict[str, int], AdapterSpec]:

@@ -113,7 +113,8 @@ class Bank:
             raise RouteError(f"slot {slot} is empty", next_step="bank.put(adapter, slot=...)")
         factors = {}
         for stack, place in self.places(slot):
-            shapes = METHODS.get(stack.method).stack_shapes(stack.site, stack.ranks[place])
+            size = stack.ranks[place] or stack.shape_class  # a method without rank pads nothing
+            shapes = METHODS.get(stack.method).stack_shapes(stack.site, size)
             tensors, anchors = (
                 {
                     name: tensor.detach()[place][tuple(slice(0, size) for size in shapes[name])].cpu().clone()
@@ -190,6 +191,13 @@ class Bank:
         return [
             (stack, place) for stack in self.stacks.values() for place, own in enumerate(stack.slots) if own == slot
         ]
+
+    def widths(self, slot: int) -> tuple[int, ...]:
+        """How wide the heads of a slot are that the base lacks: rows of equal ones may share a forward."""
+        lacking = {site.name for site in self.base.lacking}
+        return (
+            tuple(stack.shape_class for stack, _ in self.places(slot) if stack.site.name in lacking) if lacking else ()
+        )
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
@@ -452,13 +460,24 @@ class _SiteForward:
             return ahead
         found = self.bank.uses(self.site, x)
         if not found:
+            if self.site.lacks is not None and self.bank.recorded is None:
+                raise self._lacking()
             return self.site.map(x, *args, **kwargs)
         if plain and len(found) == 1:
             y = self.bank.together(self.site, x, *found[0])
             if y is not None:
                 return y
+        if self.site.lacks is not None and not any(u.runs.covers_all for _, uses in found for u in uses):
+            raise self._lacking()
         y = None
         for method, uses in found:
             y = method.forward(x, y, self.site, uses, (args, kwargs))
         assert y is not None
         return y
+
+    def _lacking(self) -> RouteError:
+        return RouteError(
+            f"the base has no {self.site.name!r}: a row of the batch belongs to no adapter that brings it, or adapters "
+            "with heads of other widths share the batch",
+            next_step="leave slot -1 out, and run adapters of other widths apart",
+        )

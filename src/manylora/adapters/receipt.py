@@ -45,6 +45,8 @@ def make_receipt(adapter: Adapter, base: FrozenModel | None, tensors: Path, copi
         "tied": dict(adapter.tied),
         "copied": copied,
     }
+    if adapter.record:
+        receipt["task"] = dict(adapter.record)
     if base is None:
         return receipt | {
             key: adapter.receipt[key] for key in ("tokenizer", "chat_template", "frozen") if key in adapter.receipt

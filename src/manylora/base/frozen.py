@@ -35,7 +35,9 @@ class FrozenModel:
 
     Nobody writes to it after this, but for `bank`, the one that it carries at present. `example(rows)` gives inputs of
     that many rows that differ, as keyword arguments; a bank of several slots uses it to prove that each site sees the
-    batch's rows in order. `reads_along`: by site, the sites that read the same input after it, where that is known.
+    batch's rows in order. `lacks`: by name of a module, what
+    `types.Site.lacks` says of it; these are the `lacking` sites, every adapter brings its own, and slot -1 gives no
+    answers. `reads_along`: by site, the sites that read the same input after it, where that is known.
     """
 
     def __init__(
@@ -47,13 +49,15 @@ class FrozenModel:
         head: nn.Module | None = None,
         example: Callable[[int], Mapping[str, Tensor]] | None = None,
         fingerprint: str | None = None,
+        lacks: Mapping[str, Mapping[str, int | None]] | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.tokenizer = tokenizer
         self.example = example
         self.head = head
-        self.sites: dict[str, Site] = find_sites(model, head)
+        self.sites: dict[str, Site] = find_sites(model, head, lacks)
+        self.lacking: tuple[Site, ...] = tuple(site for site in self.sites.values() if site.lacks is not None)
         self._fingerprint = fingerprint
         self.bank: Any = None
         self.reads_along: Mapping[str, tuple[str, ...]] = {}
@@ -81,7 +85,9 @@ class FrozenModel:
     def fingerprint(self) -> str:
         """SHA-256 over the architecture and every weight; the same for the same weights under another file layout."""
         if self._fingerprint is None:
-            tensors = {key: tensor_digest(value) for key, value in self.model.state_dict().items()}
+            absent = {f"{site.name}.{name}" for site in self.lacking for name in site.shapes()}
+            state = {key: value for key, value in self.model.state_dict().items() if key not in absent}
+            tensors = {key: tensor_digest(value) for key, value in state.items()}
             self._fingerprint = combine_digests({"class": type(self.model).__name__}, tensors)
         return self._fingerprint
 

@@ -69,6 +69,7 @@ class LanguageBase(TransformersBase):
         super().__init__(
             model,
             processor=tokenizer,
+            tokenizer=tokenizer,
             name=name,
             folder=folder,
             head=getattr(model, "get_output_embeddings", lambda: None)(),
@@ -76,7 +77,6 @@ class LanguageBase(TransformersBase):
             fingerprint=fingerprint,
             notes=notes,
         )
-        self.tokenizer = tokenizer
         text_config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
         self.text_config: Any = text_config
         self.vocabulary: int = text_config.vocab_size

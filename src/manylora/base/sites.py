@@ -28,7 +28,9 @@ def _kind(module: nn.Module) -> tuple[SiteKind, bool]:
     raise TypeError(f"no kind of site recognises a {type(module).__name__}")
 
 
-def find_sites(model: nn.Module, head: nn.Module | None = None) -> dict[str, Site]:
+def find_sites(
+    model: nn.Module, head: nn.Module | None = None, lacks: Mapping[str, Mapping[str, int | None]] | None = None
+) -> dict[str, Site]:
     """Every module that owns parameters or a packed weight; a weight met again is `tied_to` its first owner."""
     sites: dict[str, Site] = {}
     owners: dict[int, str] = {}
@@ -45,6 +47,7 @@ def find_sites(model: nn.Module, head: nn.Module | None = None) -> dict[str, Sit
             module=module,
             textbook=textbook,
             is_head=module is head,
+            lacks=(lacks or {}).get(name),
             tied_to=None if tied_to == name else tied_to,
         )
     return sites

@@ -26,8 +26,8 @@ class TransformersBase(FrozenModel):
     Making one runs nothing and reads no weight. `probe` runs short forwards and returns what they found; `take` uses
     findings, those of this model or of another of its architecture. A base serves once it has taken some.
 
-    `processor` prepares inputs of any kind; `tokenizer` is its tokenizer, or None. `notes`: what was chosen and why,
-    for the log.
+    `processor` prepares inputs of any kind; `tokenizer` is the one that is given, or that of the processor, or None.
+    `notes`: what was chosen and why, for the log. `lacks`: what the checkpoint lacks, as `FrozenModel` has it.
     """
 
     def __init__(
@@ -35,15 +35,24 @@ class TransformersBase(FrozenModel):
         model: nn.Module,
         *,
         processor: Any = None,
+        tokenizer: Any = None,
         name: str = "",
         folder: Path | None = None,
         head: nn.Module | None = None,
         example: Callable[[int], Mapping[str, Tensor]] | None = None,
         fingerprint: str | None = None,
         notes: Sequence[str] = (),
+        lacks: Mapping[str, Mapping[str, int | None]] | None = None,
     ):
-        tokenizer = getattr(processor, "tokenizer", None)
-        super().__init__(model, name=name, tokenizer=tokenizer, head=head, example=example, fingerprint=fingerprint)
+        super().__init__(
+            model,
+            name=name,
+            tokenizer=getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer,
+            head=head,
+            example=example,
+            fingerprint=fingerprint,
+            lacks=lacks,
+        )
         self.processor = processor
         self.folder = folder
         self.config: Any = getattr(model, "config", None)

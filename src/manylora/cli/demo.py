@@ -80,13 +80,13 @@ def _judge(adapter: str, config: Any) -> tuple[dict[str, float], dict[str, list[
     """The share of attribute values that base and adapter name on held-out inputs, and their answers."""
     from manylora.cli.evaluate import Settings, read_examples
     from manylora.evaluation.evaluate import evaluate_text
-    from manylora.tasks import TASKS
     from manylora.tasks.e2e import share_named
+    from manylora.tasks.sft import SFT
 
     opened: Opened = open_base(config.base, [Path(adapter)], dtype=config.dtype, device=config.device, quiet=True)
     settings = Settings(columns={}, row_tokens=config.train.row_tokens, data=config.data.eval)
     examples = read_examples(opened, settings, quiet=True)
-    limit, task = config.evaluate.max_new_tokens, TASKS.get(config.task)
+    limit, task = config.evaluate.max_new_tokens, SFT
     samples = {
         name: evaluate_text(opened.base, examples, slot=slot, max_new_tokens=limit, task=task, max_inputs=JUDGED)[1]
         for name, slot in (("base", -1), ("adapter", 0))

@@ -130,11 +130,11 @@ def read_examples(opened: Opened, settings: Settings, *, quiet: bool = False, us
     """The rows of the settings' places as the base is shown them."""
     from manylora.data.examples import Reading
     from manylora.data.load import load_examples
-    from manylora.tasks import TASKS
     from manylora.tasks.data import open_places
+    from manylora.tasks.text import text_task
 
     reading = Reading(
-        max_length=settings.row_tokens, format=settings.format, kinds=TASKS.get(settings.task).kinds,
+        max_length=settings.row_tokens, format=settings.format, kinds=text_task(settings.task).kinds,
         overflow=settings.overflow, turns=settings.turns, on_bad_row=settings.on_bad_row,
     )  # fmt: skip
     base = opened.base
@@ -152,9 +152,9 @@ def _score(
     """Metrics by name, and what each of those of texts is exactly."""
     from manylora.evaluation.evaluate import evaluate_loss, evaluate_text
     from manylora.objectives import OBJECTIVES
-    from manylora.tasks import TASKS
+    from manylora.tasks.text import text_task
 
-    task = TASKS.get(settings.task)
+    task = text_task(settings.task)
     scores: dict[str, Any] = evaluate_loss(
         opened.base, examples, slot=slot, row_tokens=settings.row_tokens, rows_per_batch=settings.rows_per_batch,
         objective=OBJECTIVES.get(task.objective),

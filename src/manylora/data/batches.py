@@ -86,12 +86,12 @@ class Epochs:
         self.seed = seed
         self.packs = packs
         self.weights = tuple(weights) or ((len(examples), 1.0),)
-        self._lengths = lengths_of(examples)
+        self.lengths = lengths_of(examples)
         self._counts: dict[int, int] = {}
         self._plans: dict[int, Plan] = {}
-        if not len(self._lengths) or self._lengths.max() > row_tokens:
-            longest = self._lengths.max(initial=0)
-            raise ValueError(f"{len(self._lengths)} examples of up to {longest} tokens, rows of {row_tokens}")
+        if not len(self.lengths) or self.lengths.max() > row_tokens:
+            longest = self.lengths.max(initial=0)
+            raise ValueError(f"{len(self.lengths)} examples of up to {longest} tokens, rows of {row_tokens}")
         if sum(count for count, _ in self.weights) != len(examples):
             raise ValueError(
                 f"weights of {sum(count for count, _ in self.weights)} examples, and {len(examples)} are there"
@@ -116,8 +116,8 @@ class Epochs:
         """How many rows an epoch has."""
         if self._same_each_epoch:
             if not self.packs:
-                return len(self._lengths)
-            if len(self._lengths) <= WINDOW:
+                return len(self.lengths)
+            if len(self.lengths) <= WINDOW:
                 epoch = 0  # one window: its rows depend on the lengths, not on their order
         if epoch not in self._counts:
             self.rows(epoch)
@@ -143,7 +143,7 @@ class Epochs:
     def fill(self, rows_per_step: int) -> tuple[int, int, int]:
         """Of the first epoch: targets, tokens, and tokens that are computed when a step holds so many rows."""
         plan = self.rows(0)
-        used = np.fromiter((int(self._lengths[list(row)].sum()) for row in plan), dtype=np.int64, count=len(plan))
+        used = np.fromiter((int(self.lengths[list(row)].sum()) for row in plan), dtype=np.int64, count=len(plan))
         steps = [used[start : start + rows_per_step] for start in range(0, len(used), rows_per_step)]
         computed = sum(len(step) * row_width(int(step.max()), self.row_tokens) for step in steps)
         shown = np.fromiter((index for row in plan for index in row), dtype=np.int64)
@@ -156,7 +156,7 @@ class Epochs:
     def _drawn(self, draw: np.random.Generator) -> NDArray[np.int64]:
         """The examples of one epoch, in random order."""
         if self._same_each_epoch:
-            return draw.permutation(len(self._lengths))
+            return draw.permutation(len(self.lengths))
         chosen, start = [], 0
         for count, weight in self.weights:
             run = np.arange(start, start + count)
@@ -167,12 +167,12 @@ class Epochs:
 
     def _packed(self, window: NDArray[np.int64]) -> Plan:
         places = window.tolist()
-        rows = pack(self._lengths[window].tolist(), self.row_tokens)
+        rows = pack(self.lengths[window].tolist(), self.row_tokens)
         return Plan([[places[place] for place in row] for row in rows])
 
     def _blocks(self, window: NDArray[np.int64]) -> Plan:
         # The sort is stable, so examples of one length stay in their drawn order.
-        return Plan([(index,) for index in window[np.argsort(self._lengths[window], kind="stable")].tolist()])
+        return Plan([(index,) for index in window[np.argsort(self.lengths[window], kind="stable")].tolist()])
 
 
 def _shuffled(windows: Sequence[Plan], size: int, draw: np.random.Generator) -> NDArray[np.int64]:

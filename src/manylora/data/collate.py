@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from manylora.data.packing import row_width
-from manylora.data.tensors import TensorExample, stack
 from manylora.types import IGNORED, Batch, Packing
 
 if TYPE_CHECKING:
@@ -27,18 +26,12 @@ def batch_of(
     slots: Sequence[int],
     streams: Sequence[int] | None = None,
 ) -> Batch:
-    """The batch of some rows as `base` takes them: sequences by its own packing, tensors as they are."""
-    if isinstance(rows[0][0], TensorExample):
-        return stack(rows, slots=slots, streams=streams)
-    return collate(
-        rows,
-        width=width,
-        pad_id=base.pad_id,
-        packing=base.packing,
-        causal=base.causal,
-        slots=slots,
-        streams=streams,
-    )
+    """The batch of some rows as `base` takes them; what their examples are made into is up to these.
+
+    All are of one class, whose `batch` is called with what is given here: `streams` are the rows' own random streams,
+    so that what is drawn for a row does not depend on its neighbours.
+    """
+    return type(rows[0][0]).batch(rows, base, width=width, slots=slots, streams=streams)
 
 
 def collate(

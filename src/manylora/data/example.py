@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
+
+    from manylora.types import Batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +38,21 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @staticmethod
+    def batch(
+        rows: Sequence[Sequence[Example]],
+        base: Any,
+        *,
+        width: int,
+        slots: Sequence[int],
+        streams: Sequence[int] | None = None,
+    ) -> Batch:
+        """Sequences laid out by the base's own packing."""
+        from manylora.data.collate import collate
+
+        layout = {"pad_id": base.pad_id, "packing": base.packing, "causal": base.causal}
+        return collate(rows, width=width, slots=slots, streams=streams, **layout)
 
     @property
     def num_trained(self) -> int:

@@ -35,6 +35,18 @@ class TensorExample:
     def __len__(self) -> int:
         return 1
 
+    @staticmethod
+    def batch(
+        rows: Sequence[Sequence[TensorExample]],
+        base: Any,
+        *,
+        width: int,
+        slots: Sequence[int],
+        streams: Sequence[int] | None = None,
+    ) -> Batch:
+        """Tensors as they are, rows first."""
+        return stack(rows, slots=slots, streams=streams)
+
 
 def argument_names(module: torch.nn.Module) -> list[str]:
     """The arguments of a module's forward that an input may be given to, in order."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -22,8 +21,15 @@ if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
     from manylora.base.language import LanguageBase
     from manylora.data.example import Example
-    from manylora.tasks.task import Task
     from manylora.types import Objective
+
+
+class ScoresText(Protocol):
+    """What scores the answers of `evaluate_text`."""
+
+    def metrics(self, samples: Sequence[Sample]) -> Metrics:
+        """Scores of answers, by name; empty without samples."""
+        ...
 
 
 def evaluate_loss(
@@ -35,7 +41,7 @@ def evaluate_loss(
     objective: Objective,
     rows_per_batch: int = 8,
 ) -> Metrics:
-    """`loss` (nats a trained token), `perplexity` and `tokens` (how many trained tokens) of one slot.
+    """`loss` and `tokens` (the weight that it is the mean of: trained tokens, rows), with what the objective adds.
 
     Followers that the objective asks for are the bare base.
 
@@ -88,7 +94,7 @@ def evaluate_losses(
         return sums
 
     sums = as_many_as_fit(run, rows_per_batch * len(aims), base.device)
-    return [_metrics(sums, slot, len(examples)) for slot in aims]
+    return [_metrics(sums, slot, len(examples), aim.objective) for slot, aim in aims.items()]
 
 
 def evaluate_text(
@@ -97,7 +103,7 @@ def evaluate_text(
     *,
     slot: int,
     max_new_tokens: int,
-    task: Task,
+    task: ScoresText,
     temperature: float = 0.0,
     seed: int = 0,
     max_inputs: int | None = None,
@@ -145,19 +151,12 @@ def _inputs(examples: Sequence[Example]) -> list[tuple[tuple[int, ...], list[Exa
     return list(found.items())
 
 
-def _metrics(sums: SlotSums, slot: int, num_examples: int) -> Metrics:
+def _metrics(sums: SlotSums, slot: int, num_examples: int, objective: Objective) -> Metrics:
     weight = sums.weight(slot)
     if weight == 0:
         raise DataError(
             f"none of the {num_examples} examples has a trained token, so there is no loss to measure",
             next_step="give rows with a completion or an assistant turn",
         )
-    loss = sums.loss(slot)
-    return {"loss": loss, "perplexity": _exponential(loss), **sums.metrics(slot), "tokens": weight}
-
-
-def _exponential(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
+    loss, metrics = sums.loss(slot), sums.metrics(slot)
+    return {"loss": loss, **objective.summary(loss, metrics), **metrics, "tokens": weight}

@@ -91,6 +91,7 @@ def look_of(place: Place, asked: Asked) -> Look:
 def _look_of_config(place: Place, asked: Asked) -> Look:
     from manylora.config import load_config
     from manylora.tasks.data import held_out_places, reading_of
+    from manylora.tasks.text import text_task
 
     if asked.split is not None or asked.subset is not None:
         raise UserError(
@@ -107,7 +108,7 @@ def _look_of_config(place: Place, asked: Asked) -> Look:
         base=asked.base or config.base,
         places=config.data.train,
         held_out=held_out_places(config),
-        reading=reading_of(config, config.train.row_tokens),
+        reading=reading_of(config, config.train.row_tokens, text_task(config.task).kinds),
         columns=config.data.columns,
         chat_template=config.data.chat_template,
         eval_fraction=config.data.eval_fraction,

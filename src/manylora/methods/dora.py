@@ -44,6 +44,7 @@ class Dora(Lora):
 
     name = "dora"
     low_rank = False
+    raised = frozenset({"b", "magnitude"})
     peft: Mapping[str, Any] | None = {"use_dora": True}
 
     def adapts(self, kind: SiteKind) -> bool:

@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manylora.errors import SpecError
 from manylora.forwards import run_with
 from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, SiteKind, Use
+
+HEAD_STD = 0.02
+"""The spread of fresh weights, `initializer_range` of most models of transformers."""
 
 
 class Full:
@@ -26,6 +30,7 @@ class Full:
     replaces = True
     factored = False
     low_rank = False
+    raised: frozenset[str] = frozenset()
     peft: Mapping[str, Any] | None = None
 
     def adapts(self, kind: SiteKind) -> bool:
@@ -38,14 +43,20 @@ class Full:
         return 0
 
     def shape_class(self, site: Site, factors: Factors) -> int:
+        """0, or the outputs of a head that the base lacks: adapters of one base may have heads of other widths."""
+        for name, dimension in (site.lacks or {}).items():
+            if dimension is not None:
+                return factors.tensors[name].shape[dimension]
         return 0
 
     def stack_shapes(self, site: Site, shape_class: int) -> Mapping[str, tuple[int, ...]]:
-        return site.shapes()
+        return site.shapes(shape_class)
 
     def init(
         self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
     ) -> Factors:
+        if site.lacks is not None:
+            return Factors(self.name, _drawn_head(site, spec.outputs, generator))
         copies = {}
         for name, value in site.parameters().items():
             master = value.to("cpu", torch.promote_types(value.dtype, torch.float32))
@@ -94,6 +105,23 @@ class Full:
         own = dict(module.named_parameters(recurse=False))
         cast = {name: tensor[place].to(own[name].dtype) for name, tensor in use.stack.tensors.items()}
         return run_with(module, cast, x, *extra[0], **extra[1])
+
+
+def _drawn_head(site: Site, outputs: int | None, generator: torch.Generator) -> dict[str, Tensor]:
+    """A fresh head: matrices N(0, HEAD_STD^2), what scales one, what is added zero."""
+    varies = any(dimension is not None for dimension in (site.lacks or {}).values())
+    if varies and outputs is None:
+        raise SpecError(
+            f"the base lacks {site.name!r}, and it is not said how many outputs an adapter's own has",
+            next_step="AdapterSpec(outputs=...); a task knows it from its data",
+        )
+    drawn = {}
+    for name, shape in site.shapes(outputs).items():
+        if len(shape) > 1:
+            drawn[name] = HEAD_STD * torch.randn(shape, generator=generator)
+        else:
+            drawn[name] = torch.ones(shape) if name == "weight" else torch.zeros(shape)
+    return drawn
 
 
 FULL = Full()

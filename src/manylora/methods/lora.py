@@ -28,6 +28,11 @@ class Lora:
     replaces = False
     factored = True
     low_rank = True
+    # Source: LoRA+ (2402.12354). An entry of a's output adds up as many terms as the input is wide, one of b's only R,
+    # so under Adam a needs a rate that falls with the width and b one that does not; it is so whichever of them starts
+    # at zero (the paper's Init[1] and Init[2]). An embedding's input has one term: there the ratio only makes b, again
+    # the factor at the output, faster than a.
+    raised = frozenset({"b"})
     peft: Mapping[str, Any] | None = {}
 
     def adapts(self, kind: SiteKind) -> bool:

@@ -13,6 +13,8 @@ from manylora.types import IGNORED, Batch, Beside, Outputs, RowTotals
 class Classification(Stateless):
     """Total: nats of a row's class; metric `accuracy`: 1 where it has the highest score. Weight: rows with a class."""
 
+    supervises = frozenset({"rows"})
+
     def weight(self, batch: Batch) -> Tensor:
         return batch.targets["labels"].ne(IGNORED).to(torch.float64)
 

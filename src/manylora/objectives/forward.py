@@ -69,7 +69,7 @@ def rows_by_aim(batch: Batch, aims: Mapping[int, Aim]) -> list[tuple[int, ...]]:
         if slot not in aims:
             raise RouteError(f"row {row} belongs to slot {slot}, which has no aim")
         aim = aims[slot]
-        groups.setdefault((id(aim.objective), slot if aim.state else None), []).append(row)
+        groups.setdefault((aim.objective, slot if aim.state else None), []).append(row)
     return [tuple(rows) for rows in groups.values()]
 
 

@@ -175,7 +175,8 @@ class _Counted:
     def __init__(self, objective: Objective, trace: Trace):
         self.objective = objective
         self.trace = trace
-        self.followers = objective.followers
+        self.followers, self.supervises = objective.followers, objective.supervises
+        self.told, self.summary = objective.told, objective.summary
         self.begin, self.update, self.weight = objective.begin, objective.update, objective.weight
 
     def __call__(self, outputs: Outputs, batch: Batch, beside: Beside) -> RowTotals:
@@ -185,8 +186,8 @@ class _Counted:
 
 def _aims(members: Sequence[Member], trace: Trace) -> dict[int, Aim]:
     """The members' aims; members of one objective still share its call."""
-    counted: dict[int, Objective] = {id(member.objective): _Counted(member.objective, trace) for member in members}
-    return {member.slot: replace(member.aim(), objective=counted[id(member.objective)]) for member in members}
+    counted: dict[Objective, Objective] = {m.objective: _Counted(m.objective, trace) for m in members}
+    return {member.slot: replace(member.aim(), objective=counted[member.objective]) for member in members}
 
 
 def _step(

@@ -66,7 +66,7 @@ class RunFolder:
             self.check_free()
         import yaml
 
-        held, asked = yaml.safe_load(held_file.read_text(encoding="utf-8")), config.to_dict()
+        held, asked = _as_now(yaml.safe_load(held_file.read_text(encoding="utf-8")), config), config.to_dict()
         changed = [
             f"{key} was {before!r} and is {after!r}"
             for key, before, after in _differences(held, asked)
@@ -118,6 +118,14 @@ class RunFolder:
 
     def adapter(self, member: str) -> Path:
         return self.path / "adapters" / member
+
+
+def _as_now(held: Any, config: Config) -> Any:
+    """A written configuration with the keys that have come since, whose defaults are what was done before them."""
+    try:
+        return type(config).model_validate(held).to_dict()
+    except ValueError:  # it is of another kind, or of a version whose keys have gone: compared as it lies there
+        return held
 
 
 def _differences(held: Any, asked: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

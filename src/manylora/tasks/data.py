@@ -15,7 +15,6 @@ from manylora.data.sources import Source, open_source, splits_of
 from manylora.data.split import fold_by_group, split_by_group
 from manylora.data.tensors import TensorExamples, argument_names
 from manylora.errors import ConfigError, DataNotFound
-from manylora.tasks import TASKS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,13 +84,13 @@ def own_held_out(place: DataPlace) -> tuple[DataPlace, ...]:
     return (place.model_copy(update={"split": "valid", "weight": 1.0}),)
 
 
-def reading_of(config: Config, row_tokens: int) -> Reading:
+def reading_of(config: Config, row_tokens: int, kinds: tuple[str, ...]) -> Reading:
     """How the configuration wants rows read, in sequences of at most `row_tokens` tokens."""
     data = config.data
     return Reading(
         max_length=row_tokens,
         format=data.format,
-        kinds=TASKS.get(config.task).kinds,
+        kinds=kinds,
         overflow=data.overflow,
         turns=data.turns,
         on_bad_row=data.on_bad_row,
@@ -178,11 +177,14 @@ def _weights_of(weights: Weights, chosen: NDArray[np.int64]) -> Weights:
     return [(int(count), weight) for count, (_, weight) in zip(counts, weights, strict=True)]
 
 
-def filling(epochs: Epochs, rows_per_step: int) -> str:
-    """A line that says how full the rows of the first epoch are."""
+def filling(epochs: Epochs, rows_per_step: int) -> list[str]:
+    """A line that says how full the rows of the first epoch are; none where every example is as long as a row."""
+    if len(set(epochs.lengths.tolist())) == 1 and epochs.lengths[0] == 1:
+        return []
     trained, real, computed = epochs.fill(rows_per_step)
     how = "packed into" if epochs.packs else "in"
-    return (
+    line = (
         f"{real:,} tokens {how} {epochs.num_rows(0):,} rows: of the tokens that are computed, "
         f"{real / computed:.1%} are no padding and {trained / computed:.1%} are learned"
     )
+    return [line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from manylora.tasks.text import TextTask
 from manylora.tasks.text_metrics import bleu, exact_match
 
 if TYPE_CHECKING:
@@ -12,14 +13,10 @@ if TYPE_CHECKING:
     from manylora.evaluation.sample import Metrics, Sample
 
 
-class SupervisedFineTuning:
+class SupervisedFineTuning(TextTask):
     """`bleu` (0 to 100, sacrebleu's corpus score) and `exact_match` (0 to 1) of the answers."""
 
     name = "sft"
-    auto = "AutoModelForCausalLM"
-    kinds = ("sequence",)
-    causal = True
-    objective = "causal-lm"
 
     def metrics(self, samples: Sequence[Sample]) -> Metrics:
         """Scores of answers, by name; empty without samples."""

@@ -23,7 +23,7 @@ from manylora.training.checkpoint import Checkpoints, Kept
 from manylora.training.checkpointing import Checkpointing
 from manylora.training.deal import admissible
 from manylora.training.footprint import member_bytes
-from manylora.training.member import Member, State, tokens_of
+from manylora.training.member import Member, State, follower_start, tokens_of
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import WATCHED_STEPS, StackedOptimizer
 from manylora.training.orders import Ending, Report, Source, Verdict
@@ -304,7 +304,8 @@ class Loop:
         """Put a member into its slot, with a fresh optimiser state or the one that was kept of it."""
         self.bank.put(adapter, slot=member.slot)
         for name, slot in member.follower_slots.items():
-            follower = adapter if kept is None else replace(adapter, factors=kept.followers[name])
+            follower = follower_start(member.objective.followers[name], adapter)
+            follower = follower if kept is None else replace(follower, factors=kept.followers[name])
             self.bank.put(follower, slot=slot)
         self._bytes[member.name] = self._bytes_of(member, adapter)
         optimizer = self._optimizer(member)
@@ -392,7 +393,7 @@ class Loop:
         due = [member for member in due if member.eval_examples]
         groups: dict[tuple, list[Member]] = {}
         for member in due:
-            key = (id(member.eval_examples), member.epochs.row_tokens, id(member.objective))
+            key = (id(member.eval_examples), member.epochs.row_tokens, member.objective, self.bank.widths(member.slot))
             groups.setdefault(key, []).append(member)
         for group in groups.values():
             self._evaluate_group(group)

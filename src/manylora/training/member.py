@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from manylora.adapters.adapter import Adapter
 from manylora.data.batches import Epochs
 from manylora.data.example import Example
 from manylora.errors import ConfigError
@@ -18,7 +19,7 @@ from manylora.ops.dropout import mix
 from manylora.spec import AdapterSpec
 from manylora.training.optim.stacked import OptimizerSettings, SlotUpdate
 from manylora.training.schedule import rate_at
-from manylora.types import Objective
+from manylora.types import Follower, Objective
 
 State = Literal["running", "waiting", "done", "stopped", "retired"]
 """`waiting`: judged, and neither let go on nor stopped yet; it has no slot then."""
@@ -173,6 +174,15 @@ class Member:
         passed = sum(1 for tokens in self.recipe.evaluate_at if tokens <= self.tokens)
         self.level, before = passed, self.level
         return passed > before
+
+
+def follower_start(follower: Follower, start: Adapter) -> Adapter:
+    """What a follower is before the first step: the adapter that it names, else what the member starts from.
+
+    Raises:
+        AdapterBroken: no adapter lies where it says.
+    """
+    return start if follower.adapter is None else Adapter.load(follower.adapter)
 
 
 KEPT = ("slot", "follower_slots", "state", "reason", "step", "tokens", "level", "loss", "best_loss", "best_step",

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from manylora.adapters.adapter import Adapter
+from manylora.adapters.receipt import check_receipt
 from manylora.base.frozen import FrozenModel
-from manylora.base.language import LanguageBase
-from manylora.base.load import load_base
 from manylora.data.batches import Epochs
 from manylora.errors import BaseMismatch, ConfigError
 from manylora.objectives import OBJECTIVES
+from manylora.objectives.objective import objective_of
 from manylora.tasks import TASKS
 from manylora.tasks.data import (
     RunData,
     filling,
-    held_out_places,
-    object_of,
-    open_places,
-    reading_of,
     split_off,
-    tensor_data,
-    text_data,
 )
-from manylora.training.member import Member, Recipe, steps_for, tokens_of, total_steps
+from manylora.training.member import Member, Recipe, follower_start, steps_for, tokens_of, total_steps
 from manylora.training.optim.stacked import OptimizerSettings
 from manylora.training.rates import auto_rate
 
 if TYPE_CHECKING:
     from manylora.config import Config, TrainConfig
     from manylora.spec import AdapterSpec
+    from manylora.tasks.task import Task
+    from manylora.types import Objective
 
 
 class Stock:
@@ -48,42 +45,65 @@ class Stock:
 
     def __init__(self, config: Config, *, objects: Mapping[str, Any] | None = None, use_cache: bool = True):
         self.config = config
-        self.task = TASKS.get(config.task)
-        self.objective = OBJECTIVES.get(self.task.objective)
         self._objects = objects or {}
         self.use_cache = use_cache
         self._data: dict[str, RunData] = {}
         self._epochs: dict[tuple[str, int], Epochs] = {}
-        self._opened = self._sources(config)
-        self.base: Any = (
-            _language_base(config, self._objects) if self.task.kinds else _module_base(config, self._objects)
-        )
+        task = self.task(config)
+        self._found = task.find(config, self._objects)
+        self.base: Any = task.open(config, self._objects)
         self._notes: list[str] = list(self.base.notes)
         self._taken = 0
-        if self.task.kinds and self.task.causal and not self.base.causal:
-            raise ConfigError(
-                f"the task {config.task} learns to predict the next token, and in {self.base.name} a token sees the "
-                "next: it would only learn to copy",
-                next_step="choose a base that is a causal language model",
-            )
         self.facts = self.data(config).facts
+
+    def task(self, config: Config) -> Task:
+        """What a configuration learns."""
+        return TASKS.get(config.task)
+
+    def objective(self, config: Config) -> Objective:
+        """What a configuration minimises: what it names, else what its task does.
+
+        Raises:
+            ConfigError: its labels stand elsewhere than the task's do.
+        """
+        own = objective_of(self.task(config).objective)
+        if config.objective.name is None:
+            return own
+        chosen = objective_of(config.objective.name, config.objective.own())
+        if not own.supervises <= chosen.supervises:
+            fitting = [name for name in OBJECTIVES if own.supervises <= OBJECTIVES.get(name).supervises]
+            raise ConfigError(
+                f"objective is {config.objective.name!r}, and the task {config.task!r} has labels at "
+                f"{' and '.join(own.supervises)}, which it does not learn from",
+                allowed=", ".join(fitting),
+            )
+        return chosen
 
     @property
     def slots_per_member(self) -> int:
-        """How many slots each member takes: its own, and one for each follower of the objective."""
-        return 1 + len(self.objective.followers)
+        """How many slots a member takes at most: its own, and one for each follower of its objective."""
+        return 1 + max(len(self.objective(config).followers) for config in (self.config, *self._searched()))
+
+    def _searched(self) -> Iterator[Config]:
+        """The configuration with every objective that a sweep may choose."""
+        space = {} if self.config.sweep is None else self.config.sweep.space
+        keys = [key for key, choices in space.items() if key.startswith("objective") and isinstance(choices, list)]
+        for picked in product(*(space[key] for key in keys)) if keys else ():
+            values = self.config.to_dict()
+            chosen = values["objective"] if isinstance(values["objective"], dict) else {"name": values["objective"]}
+            for key, choice in zip(keys, picked, strict=True):
+                setting = key.partition(".")[2]
+                chosen = chosen | {setting: choice} if setting else choice
+            yield type(self.config).model_validate(values | {"objective": chosen, "sweep": None})
 
     def data(self, config: Config) -> RunData:
         """The examples that a configuration names, read and encoded once for all members that name the same."""
-        row_tokens, notes = self._rows_of(config)
+        _, notes = self._rows_of(config)
         key = self._key(config)
         if key not in self._data:
-            if self.task.kinds:
-                opened = self._opened if config is self.config else self._sources(config)
-                reading = reading_of(config, row_tokens)
-                data = text_data(self.base, *opened, reading, use_cache=self.use_cache)
-            else:
-                data = tensor_data(config, self.base, self._objects)
+            task = self.task(config)
+            found = self._found if config is self.config else task.find(config, self._objects)
+            data = task.read(config, self.base, found, self._objects, use_cache=self.use_cache)
             data = split_off(config, data, _split_seed(config))
             counts = f"{len(data.train):,} examples to learn from, {len(data.held_out):,} held out"
             self._say([*notes, *data.notes, counts])
@@ -97,18 +117,28 @@ class Stock:
             UserError: its data, its adapter or its schedule cannot be had.
         """
         data = self.data(config)
-        adapter = start_adapter(config, self.base)
+        adapter = self.start(config)
+        optimizer_of(config.train).check(list(adapter.factors))
         member = self._laid_out(config, name, adapter.spec, data)
+        for follower in member.objective.followers.values():
+            check_receipt(follower_start(follower, adapter), self.base)
         self._say(coverage(self.base, adapter))
         return member, adapter
+
+    def start(self, config: Config) -> Adapter:
+        """What a configuration's member starts from, with what its task says of itself."""
+        task = self.task(config)
+        adapter = start_adapter(config, self.base, outputs=task.outputs(self.data(config)))
+        return replace(adapter, record={"name": config.task, **task.record(config, self.base)})
 
     def check(self, config: Config) -> None:
         """Raise what `member` would of the data and of the adapter's sites and ranks; no factors are drawn."""
         self.data(config)
         if config.adapter.from_ is None:
-            Adapter.check(self.base, config.adapter.spec())
+            sites = Adapter.check(self.base, config.adapter.spec())
         else:
-            start_adapter(config, self.base)
+            sites = list(self.start(config).factors)
+        optimizer_of(config.train).check(sites)
 
     def length(self, config: Config) -> tuple[int, int]:
         """(trained tokens, steps) of a member that runs to its end."""
@@ -122,8 +152,7 @@ class Stock:
         if key not in self._epochs:
             packs = self.base.packs
             self._epochs[key] = Epochs(data.train, row_tokens=row_tokens, seed=seed, packs=packs, weights=data.weights)
-            if self.task.kinds:
-                self._say([filling(self._epochs[key], config.train.rows_per_step)])
+            self._say(filling(self._epochs[key], config.train.rows_per_step))
         epochs = self._epochs[key]
         recipe, notes = make_recipe(config, epochs, self.base)
         self._say(notes)
@@ -133,20 +162,13 @@ class Stock:
             spec=spec,
             recipe=recipe,
             epochs=epochs,
-            objective=self.objective,
+            objective=self.objective(config),
             eval_examples=data.held_out,
         )
 
-    def _sources(self, config: Config) -> tuple[list, list]:
-        if not self.task.kinds:
-            return [], []
-        places = (config.data.train, held_out_places(config))
-        train, held_out = (open_places(own, config.data.columns, self._objects) for own in places)
-        return train, held_out
-
     def _key(self, config: Config) -> str:
         """What decides a configuration's examples, as text."""
-        parts = (config.data.model_dump(mode="json"), self.row_tokens(config), _split_seed(config),
+        parts = (config.task, config.data.model_dump(mode="json"), self.row_tokens(config), _split_seed(config),
                  config.evaluate.max_examples)  # fmt: skip
         return json.dumps(parts, sort_keys=True)
 
@@ -155,8 +177,7 @@ class Stock:
         return self._rows_of(config)[0]
 
     def _rows_of(self, config: Config) -> tuple[int, list[str]]:
-        asked = config.train.row_tokens
-        return _row_tokens(asked, self.base) if self.task.kinds else (asked, [])
+        return self.task(config).row_tokens(config, self.base)
 
     def new_notes(self) -> list[str]:
         """What has been noted since this was last asked; each line once."""
@@ -171,53 +192,13 @@ def _split_seed(config: Config) -> int:
     return config.train.seed if config.data.split_seed is None else config.data.split_seed
 
 
-def _language_base(config: Config, objects: Mapping[str, Any]) -> LanguageBase:
-    if config.base.startswith("python:"):
-        base = object_of(config.base, objects, "base")
-        if isinstance(base, LanguageBase):
-            return base.probed()
-        raise ConfigError(
-            f"the task {config.task} learns from text, and the base is a {type(base).__name__} without a tokenizer",
-            next_step="set task: module to learn from tensors, or give a base that manylora.load_base made",
-        )
-    return load_base(
-        config.base,
-        dtype=config.dtype,
-        device=config.device,
-        quantize=config.quantize,
-        auto=TASKS.get(config.task).auto,
-        trust_remote_code=config.trust_remote_code,
-        chat_template=config.data.chat_template,
-    )
-
-
-def _module_base(config: Config, objects: Mapping[str, Any]) -> FrozenModel:
-    base = object_of(config.base, objects, "base") if config.base.startswith("python:") else None
-    if isinstance(base, FrozenModel):
-        return base.probed()
-    raise ConfigError(
-        f"the task {config.task} adapts a torch module, and base is {config.base!r}",
-        next_step="manylora.train(config, base=manylora.FrozenModel(module), train_data=...)",
-    )
-
-
-def _row_tokens(asked: int, base: LanguageBase) -> tuple[int, list[str]]:
-    if base.max_positions is None or asked <= base.max_positions:
-        return asked, []
-    if base.packs:
-        return asked, [
-            f"train.row_tokens {asked} is above this base's {base.max_positions} positions: sequences may not be"
-        ]
-    return base.max_positions, [f"train.row_tokens is lowered to this base's {base.max_positions} positions"]
-
-
-def start_adapter(config: Config, base: FrozenModel) -> Adapter:
+def start_adapter(config: Config, base: FrozenModel, *, outputs: int | None = None) -> Adapter:
     """A fresh adapter, or the one that `adapter.from` names with the dropout that is asked for.
 
     Raises:
         BaseMismatch: the adapter to continue was made for another base.
     """
-    spec = config.adapter.spec()
+    spec = replace(config.adapter.spec(), outputs=outputs)
     if config.adapter.from_ is None:
         return Adapter.new(base, spec, seed=config.train.seed)
     adapter = Adapter.load(config.adapter.from_)

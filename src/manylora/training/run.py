@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.errors import ConfigError
-from manylora.evaluation.evaluate import evaluate_losses, evaluate_text
-from manylora.evaluation.sample import Sample
+from manylora.evaluation.evaluate import evaluate_losses
 from manylora.files import write_json_atomic, write_text_atomic
 from manylora.memory.allocator import freed_memory_kept
 from manylora.memory.device import peak_bytes
@@ -27,15 +26,16 @@ from manylora.runs.console import Progress
 from manylora.runs.events import EventLog
 from manylora.runs.folder import RunFolder
 from manylora.runs.trackers import Trackers
+from manylora.tasks.task import Answer
 from manylora.training.checkpoint import Checkpoints
 from manylora.training.checkpointing import checkpointed
 from manylora.training.compiling import choose_compiling, compiled
 from manylora.training.expected import expected
 from manylora.training.fitting import Fit, asked, fit, keep_fit, kept_fit, modes_with
 from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
-from manylora.training.member import Member
+from manylora.training.member import Member, follower_start
 from manylora.training.orders import Given, Source
-from manylora.training.prepare import Stock, start_adapter
+from manylora.training.prepare import Stock
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
@@ -74,8 +74,9 @@ class RunRecorder:
                 tokens_per_s=fields["tokens_per_s"],
             )
         if name == "eval":
-            loss, perplexity = fields["loss"], fields["perplexity"]
-            self._console.note(f"step {fields['step']}  eval loss {loss:.4f}  perplexity {perplexity:.2f}")
+            numbers = {key: value for key, value in fields.items() if isinstance(value, float) and key != "loss"}
+            others = "".join(f"  {key} {value:.4g}" for key, value in numbers.items())
+            self._console.note(f"step {fields['step']}  eval loss {fields['loss']:.4f}{others}")
         self._trackers.event(name, fields)
 
     def note(self, text: str) -> None:
@@ -336,53 +337,39 @@ def compare(
     """Scores of a configuration's held-out rows for `base` and `adapter`; what each writes goes to samples.jsonl.
 
     `footnotes` say by metric what it is exactly.
-    The adapter is put into the first of `slots`, what it started from into the second where its objective has
-    followers: what a folder of an adapter does not hold has no part in its scores. The slots are empty afterwards.
+    The adapter is put into the first of `slots`, its objective's followers into the next ones, as they were at the
+    start: what a folder of an adapter does not hold has no part in its scores. The slots are empty afterwards.
     """
-    base, objective = stock.base, stock.objective
+    base, objective = stock.base, stock.objective(config)
     held_out, row_tokens = stock.data(config).held_out, stock.row_tokens(config)
     for slot in slots:
         bank.clear(slot)
     bank.put(adapter, slot=slots[0])
-    started = -1
-    if objective.followers:
-        started = slots[1]
-        bank.put(start_adapter(config, base), slot=started)
+    started = dict(zip(objective.followers, slots[1:], strict=False))
+    for name, slot in started.items():
+        bank.put(follower_start(objective.followers[name], stock.start(config)), slot=slot)
     scores: dict[str, dict[str, Any]] = {}
     footnotes: Mapping[str, str] = {}
-    written: dict[str, list[Sample]] = {}
-    for who, slot in (("base", -1), ("adapter", slots[0])):
+    written: dict[str, Sequence[Answer]] = {}
+    asked = {"adapter": slots[0]} if base.lacking else {"base": -1, "adapter": slots[0]}
+    for who, slot in asked.items():
         (scores[who],) = evaluate_losses(
             base,
             held_out,
-            {slot: Aim.fresh(objective, started)},
+            {slot: Aim(objective, started, objective.begin())},
             row_tokens=row_tokens,
             rows_per_batch=config.train.rows_per_step,
         )
-        if any(example.prompt_length for example in held_out):
-            metrics, answers = evaluate_text(
-                base,
-                held_out,
-                slot=slot,
-                max_new_tokens=config.evaluate.max_new_tokens,
-                temperature=config.evaluate.temperature,
-                task=stock.task,
-            )
-            scores[who] |= metrics
-            footnotes = stock.task.footnotes(answers)
-            written[who] = answers[: config.evaluate.samples]
+        scored = stock.task(config).score(base, held_out, config, slot=slot)
+        scores[who] |= scored.metrics
+        footnotes = scored.footnotes or footnotes
+        written[who] = scored.answers[: config.evaluate.samples]
     scores["footnotes"] = dict(footnotes)
     for slot in slots:
         bank.clear(slot)
     samples = [
-        {
-            "prompt": own.prompt,
-            "reference": own.references[0],
-            "base": bare.text,
-            "adapter": own.text,
-            "member": member,
-        }
-        for bare, own in zip(written.get("base", []), written.get("adapter", []), strict=True)
+        {**own.asked, **({} if base.lacking else {"base": bare.given}), "adapter": own.given, "member": member}
+        for bare, own in zip(written.get("base", written["adapter"]), written["adapter"], strict=True)
     ]
     write_text_atomic(folder.path / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     return scores

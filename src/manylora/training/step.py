@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -78,20 +79,25 @@ def widest_row(member: Member) -> tuple[list[Example], int]:
 def _dealt(
     members: Sequence[Member], rows: Sequence[list[list[Example]]], base: FrozenModel, budget_tokens: int | None
 ) -> list[Batch]:
+    """Rows of examples that make batches alike, and of heads as wide, are dealt together."""
     streams = [member.streams(member.step, len(own)) for member, own in zip(members, rows, strict=True)]
     steps = [
         Step(tuple(row_width(sum(map(len, row)), member.epochs.row_tokens) for row in own), member.recipe.accumulate)
         for member, own in zip(members, rows, strict=True)
     ]
+    alike: dict[Any, list[int]] = {}
+    for which, (member, own) in enumerate(zip(members, rows, strict=True)):
+        alike.setdefault((type(own[0][0]), base.bank.widths(member.slot)), []).append(which)
     return [
         batch_of(
-            [rows[which][row] for which, row in part],
+            [rows[group[place]][row] for place, row in part],
             base,
-            width=max(members[which].epochs.row_tokens for which, _ in part),
-            slots=[members[which].slot for which, _ in part],
-            streams=[streams[which][row] for which, row in part],
+            width=max(members[group[place]].epochs.row_tokens for place, _ in part),
+            slots=[members[group[place]].slot for place, _ in part],
+            streams=[streams[group[place]][row] for place, row in part],
         )
-        for part in deal(steps, budget_tokens)
+        for group in alike.values()
+        for part in deal([steps[which] for which in group], budget_tokens)
     ]
 
 

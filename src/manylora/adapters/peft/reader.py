@@ -81,6 +81,7 @@ def load_adapter(folder: Path) -> Adapter:
         receipt=receipt | ({"frozen": frozen} if frozen else {}),
         kinds={name: kinds[name] for name in sites if name in kinds},
         tied=tied,
+        record=receipt.get("task", {}),
         task_type=config.get("task_type"),
     )
     _check_ranks(adapter, path)

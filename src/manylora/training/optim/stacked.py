@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from manylora.adapters.bank import Bank
-from manylora.errors import CheckpointBroken
+from manylora.errors import CheckpointBroken, ConfigError, nearest_names
 from manylora.memory.allocator import lying_apart
+from manylora.methods import METHODS
+from manylora.spec import match_pattern
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.rule import Rule, Shape
 from manylora.types import Stack
@@ -33,26 +35,48 @@ class OptimizerSettings:
     name: str = "adamw"
     own: Any = None
     weight_decay: float = 0.0
+    decay: Literal["decoupled", "l2"] = "decoupled"
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     clip_norm: float | None = None
+    rate_ratio: float = 1.0
+    rate_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.own is None:
             object.__setattr__(self, "own", OPTIMIZERS.get(self.name).settings())
 
+    def check(self, sites: Collection[str]) -> None:
+        """Raise what cannot be of these settings where an adapter stands on `sites`.
+
+        Raises:
+            ConfigError: a pattern of `rate_pattern` that none of them matches.
+        """
+        for pattern in self.rate_pattern:
+            if not any(match_pattern({pattern: True}, site) for site in sites):
+                parts = [site.split(".") for site in sites]
+                endings = dict.fromkeys(".".join(part[-count:]) for count in (1, 2) for part in parts)
+                raise ConfigError(
+                    f"train.rate_pattern: {pattern!r} matches none of the adapter's {len(sites)} sites",
+                    nearest=nearest_names(pattern, [*endings, *sites]),
+                    allowed="the end of a site's name, or a regular expression for it, as in adapter.rank_pattern",
+                    next_step="list them: manylora inspect BASE --sites",
+                )
+
     def for_rule(self) -> OptimizerSettings:
         """What is left to a rule: the same but for what is done to gradients and rates before it is asked."""
-        return replace(self, clip_norm=None)
+        return replace(self, clip_norm=None, rate_ratio=1.0, rate_pattern={})
 
     def rate_factor(self, site: str, method: str, tensor: str) -> float:
         """What the learning rate is multiplied by for one tensor of a site."""
-        return 1.0
+        factor = match_pattern(self.rate_pattern, site)
+        ratio = self.rate_ratio if tensor in METHODS.get(method).raised else 1.0
+        return ratio if factor is None else factor * ratio
 
     @property
     def one_rate(self) -> bool:
         """Whether all tensors have the same learning rate."""
-        return True
+        return self.rate_ratio == 1.0 and not self.rate_pattern
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,12 +244,20 @@ class StackedOptimizer:
                 group.state[key].append(state[place])
 
     def _update(self, group: _Group) -> None:
-        """Decay the values of a group where its rule does not, and update them."""
-        decay = group.settings.optimizer.weight_decay
-        if decay and not self.rule.decays:
-            share = 1.0 - group.settings.rate * decay
-            torch._foreach_mul_(group.values, share)  # pyright: ignore[reportPrivateImportUsage]
-        self.rule.update(group.values, group.grads, group.state, group.settings)
+        """Decay the values of a group, as far as its rule does not, and update them.
+
+        Source: decoupled, 1711.05101, algorithm 2: w <- (1 - rate decay) w first; l2, algorithm 1: g <- g + decay w, as
+        the optimisers of torch do after the gradient was clipped.
+        """
+        settings, shared = group.settings, group.optimizer
+        if shared.weight_decay and (shared.decay == "l2" or not self.rule.decays):
+            if shared.decay == "l2":
+                torch._foreach_add_(group.grads, group.values, alpha=shared.weight_decay)  # pyright: ignore[reportPrivateImportUsage]
+            else:
+                share = 1.0 - settings.rate * shared.weight_decay
+                torch._foreach_mul_(group.values, share)  # pyright: ignore[reportPrivateImportUsage]
+            settings = replace(settings, optimizer=replace(shared, weight_decay=0.0))
+        self.rule.update(group.values, group.grads, group.state, settings)
 
     def _by_place(self, stacked: Tensor) -> tuple[Tensor, ...]:
         """The places of a tensor that outlives the step, each as (1, ...), as views that are made once.
