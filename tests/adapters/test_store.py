@@ -248,7 +248,6 @@ def test_a_config_that_is_no_json_object_is_refused(folder, text):
 
 
 UNSUPPORTED = {
-    "use_dora": True,
     "lora_bias": True,
     "bias": "lora_only",
     "trainable_token_indices": [3],
@@ -350,7 +349,8 @@ BROKEN = {
     "a bias of B": (lambda t: t.update({"base_model.model.layers.0.up.lora_B.bias": torch.zeros(10)}), "lora_B.bias"),
     "A of another rank": (lambda t: t.update({A0: torch.zeros(2, 6)}), "factor A of 'layers.0.up'"),
     "B of another rank": (lambda t: t.update({B0: torch.zeros(10, 4)}), "factor B of 'layers.0.up'"),
-    "a convolution": (lambda t: t.update({A0: torch.zeros(3, 6, 1, 1)}), A0),
+    "A of a convolution": (lambda t: t.update({A0: torch.zeros(3, 6, 1, 1)}), "of a linear"),
+    "A of five dimensions": (lambda t: t.update({A0: torch.zeros(3, 6, 1, 1, 1)}), A0),
     "not a number": (lambda t: t[A0].fill_(float("nan")), A0),
     "no tensors": (lambda t: t.clear(), "no tensors"),
 }

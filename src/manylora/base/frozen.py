@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manylora.base.sites import find_sites
+from manylora.gathering import gathered, is_gathered
 from manylora.types import IGNORED, Batch, Outputs, Site, dense_parameters, dtype_of, take_rows
 
 
@@ -86,10 +87,23 @@ class FrozenModel:
         """SHA-256 over the architecture and every weight; the same for the same weights under another file layout."""
         if self._fingerprint is None:
             absent = {f"{site.name}.{name}" for site in self.lacking for name in site.shapes()}
-            state = {key: value for key, value in self.model.state_dict().items() if key not in absent}
-            tensors = {key: tensor_digest(value) for key, value in state.items()}
+            tensors = {
+                key: self._digest(key, value) for key, value in self.model.state_dict().items() if key not in absent
+            }
             self._fingerprint = combine_digests({"class": type(self.model).__name__}, tensors)
         return self._fingerprint
+
+    def _digest(self, key: str, value: Tensor) -> str:
+        """The digest of a tensor of the state, which is brought where it is away."""
+        owner, rest = self.model, key.split(".")
+        while rest[0] in owner._modules:
+            owner, rest = owner.get_submodule(rest[0]), rest[1:]
+        if not is_gathered(owner):
+            return tensor_digest(value)
+        own: dict[str, Tensor] = {}
+        with gathered(owner):
+            owner._save_to_state_dict(own, "", keep_vars=False)
+            return tensor_digest(own[".".join(rest)].clone())
 
     @property
     def storage(self) -> str | None:

@@ -156,7 +156,7 @@ def _sort_out(
     """The factors by site, the trained copies by site, the kinds that the keys tell, and samples of the base's own."""
     low_rank: _Tensors = {}
     full: _Tensors = {}
-    kinds: dict[str, str] = {}
+    told: dict[str, str] = {}
     frozen: dict[str, Any] = {}
     saved = config.get("modules_to_save") or []
     ends = _ends(method_of(config))
@@ -173,8 +173,12 @@ def _sort_out(
                     f"{key!r} in {path} has shape {tuple(value.shape)}", allowed="two dimensions: a linear map"
                 )
             low_rank.setdefault(owner, {})[tensor] = value
-            if kind != "linear":
-                kinds[owner] = kind
+            if tensor in KINDS.get(kind).stored and told.setdefault(owner, kind) != kind:
+                raise AdapterBroken(
+                    f"{key!r} in {path} has shape {tuple(value.shape)}, of a {kind}, and its other factor is of a "
+                    f"{told[owner]}",
+                    allowed="two factors of one kind of map",
+                )
         elif copy:
             # PEFT adds the base's own embedding to an adapter that stands on it; the bank compares it.
             frozen[f"{copy['site']}.{copy['parameter']}"] = samples(value)
@@ -185,7 +189,7 @@ def _sort_out(
     lost = [name for name in frozen if name.rpartition(".")[0] not in low_rank]
     if lost:
         raise AdapterBroken(f"{path} brings the base's {lost[0]!r} and no factors for it")
-    return low_rank, full, kinds, frozen
+    return low_rank, full, {owner: kind for owner, kind in told.items() if kind != "linear"}, frozen
 
 
 def _ends(method: str) -> list[tuple[str, str, SiteKind]]:
