@@ -110,6 +110,14 @@ class AdapterSpec:
             alpha_pattern={key: share * alpha for key, alpha in self.alpha_pattern.items()},
         )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterSpec:
+        """The spec that `to_dict` wrote."""
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**given)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain lists, dicts and numbers."""
         return {

@@ -280,6 +280,23 @@ class Use:
     runs: Runs
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The place where factors start: a site, the rank there, and the factor s by which the method scales them.
+
+    Every random draw comes from `generator`, a generator of the CPU. `original` gives the site's weight (out, in) as it
+    was before it was packed, read from disk at each call; of a site that is not packed it is the weight itself.
+    `inputs` is what the init found of the site's inputs; None where it reads no data.
+    """
+
+    site: Site
+    rank: int
+    scale: float
+    generator: torch.Generator
+    original: Callable[[], Tensor]
+    inputs: Any = None
+
+
 class Method(Protocol):
     """How a few small tensors change one frozen map. Never touches the base: others share it."""
 
@@ -316,10 +333,8 @@ class Method(Protocol):
         """The shape of each tensor of one place of a stack."""
         ...
 
-    def init(
-        self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
-    ) -> Factors:
-        """Fresh factors; `original` gives the site's weight (out, in) as it was before any packing."""
+    def init(self, start: Start, spec: AdapterSpec) -> Factors:
+        """Fresh factors for a place."""
         ...
 
     def product(self, factors: Factors) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from starts import new_adapter
 from torch import nn
 
 import manylora
@@ -112,7 +113,7 @@ def test_every_start_works_on_dense_and_packed_bases_or_is_refused_by_name(
         with pytest.raises(SpecError, match=f"init '{init}' starts from what packing has lost"):
             Adapter.new(base, spec)
         return
-    adapter = Adapter.new(base, spec)
+    adapter = new_adapter(base, spec)
     inputs = base.example(2)
     bare = base.model(**inputs).logits
 

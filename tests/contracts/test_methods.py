@@ -24,9 +24,10 @@ from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, Use
 
 RANKS = (3, 8, 5)
-# Each method, and a low-rank one from each start that a base without packed weights allows.
+# Each method, and a low-rank one from each start that a base without packed weights and data allows.
 FACTORED = [name for name in METHODS if METHODS.get(name).factored]
-STARTS = [(method, name) for method in FACTORED for name in INITS if not INITS.get(name).needs_packed] + [
+ANYWHERE = [name for name in INITS if not INITS.get(name).needs_packed and INITS.get(name).reads is None]
+STARTS = [(method, name) for method in FACTORED for name in ANYWHERE] + [
     (name, "default") for name in METHODS if name not in FACTORED
 ]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from optimizers import KINDS, optimizer
+from starts import new_adapter
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
@@ -84,8 +85,8 @@ class Running:
         bank = Bank(base, num_slots=more.pop("num_slots", len(members)), dtype=dtype)
         self.adapters: dict[str, Adapter] = {}
 
-        def make(name: str) -> tuple[Member, Adapter]:
-            adapter = Adapter.new(base, by_name[name].spec, seed=by_name[name].seed)
+        def make(name: str, shape: AdapterSpec | None) -> tuple[Member, Adapter]:
+            adapter = new_adapter(base, by_name[name].spec, seed=by_name[name].seed)
             return by_name[name], adapter if spoil is None else spoil(name, adapter)
 
         self.recorder = Memory()

@@ -158,7 +158,7 @@ def test_members_with_heads_of_other_widths_train_as_they_would_alone(tmp_path) 
 
         with Bank(stock.base, num_slots=len(names)) as bank:
             make = {name: stock.member(texts[name], name) for name in names}
-            Loop(bank, range(len(names)), Given(list(names)), make.__getitem__, Memory(), hand=keep).run()
+            Loop(bank, range(len(names)), Given(list(names)), lambda name, shape: make[name], Memory(), hand=keep).run()
         return ended
 
     together = trained(("two", "three"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from manylora.methods import METHODS, WHOLE_COPY
 from manylora.methods.inits import INITS
 from manylora.ops.dropout import mix, site_key
 from manylora.spec import AdapterSpec
-from manylora.types import Factors, Site
+from manylora.types import Factors, Site, Start
 
 if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
@@ -46,29 +46,28 @@ class Adapter:
     """PEFT's word for what the base computes, None: not said."""
 
     @classmethod
-    def new(cls, base: FrozenModel, spec: AdapterSpec, *, seed: int = 0) -> Adapter:
+    def new(
+        cls, base: FrozenModel, spec: AdapterSpec, *, seed: int = 0, inputs: Mapping[str, Any] | None = None
+    ) -> Adapter:
         """A fresh adapter on a base; its factors are a pure function of (seed, site).
 
-        A rank above what some sites allow is capped there with the scale kept.
+        A rank above what some sites allow is capped there with the scale kept. `inputs` is what an init that reads data
+        has found of the inputs of each site, by name; ranks may follow from it, again with the scales kept.
 
         Raises:
-            SiteNotFound: a pattern matches nothing. SpecError: the rank is above what every site allows, or the init
-            needs a packed base. BaseNotFound: the init needs the weights before packing, and they are not at hand.
+            SiteNotFound: a pattern matches nothing. SpecError: the rank is above what every site allows, the init needs
+            a packed base or data. BaseNotFound: the init needs the weights before packing, and they are not at hand.
         """
         picked, full, capped, resolved = _resolve(base, spec)
-        method = METHODS.get(spec.method)
-        originals = Originals(base)
-        factors = {}
+        picked, resolved = _with_ranks_of(inputs, picked, resolved)
+        method, originals, factors = METHODS.get(spec.method), Originals(base), {}
         for site in picked:
-            generator = torch.Generator().manual_seed(mix(seed, site_key(site.name)) >> 1)
-            original = partial(originals.weight, site)
             with gathered(site.module):
-                factors[site.name] = method.init(site, resolved.rank_at(site.name), resolved, generator, original)
+                factors[site.name] = method.init(_start(site, resolved, seed, originals, inputs), resolved)
         for name, site in full.items():
             if site.tied_to in full:
                 continue  # tied weights that are both copied share the copy of the first
-            generator = torch.Generator().manual_seed(mix(seed, site_key(name)) >> 1)
-            factors[name] = METHODS.get(WHOLE_COPY).init(site, 0, resolved, generator, partial(originals.weight, site))
+            factors[name] = METHODS.get(WHOLE_COPY).init(_start(site, resolved, seed, originals), resolved)
         resolved = replace(
             resolved, sites=tuple(s.name for s in picked), exclude=(), layers=None, full_sites=tuple(full)
         )
@@ -85,11 +84,30 @@ class Adapter:
             task_type=task_type_of(base.model, base.sites, full),
         )
 
+    @classmethod
+    def shaped(cls, base: FrozenModel, spec: AdapterSpec) -> Adapter:
+        """An adapter of the shapes that `new` gives: for whoever has its numbers, or needs none.
+
+        It reads no weight for its init and no data; where ranks follow from the data, they are those of `spec`.
+        """
+        like = cls.new(base, replace(spec, init="default"))
+        factors = dict(like.factors)
+        if INITS.get(spec.init).anchored:
+            for name in like.spec.sites:
+                own = factors[name]
+                anchors = {key: own.tensors[key].clone() for key in ("a", "b")}
+                factors[name] = replace(own, anchors=anchors)
+        return replace(like, spec=replace(like.spec, init=spec.init), factors=factors)
+
     @staticmethod
-    def check(base: FrozenModel, spec: AdapterSpec) -> list[str]:
-        """Raise what `new` would of the spec itself, without drawing factors; the names of the sites it stands on."""
-        picked, full, _, _ = _resolve(base, spec)
-        return [site.name for site in picked] + list(full)
+    def check(base: FrozenModel, spec: AdapterSpec) -> dict[str, int]:
+        """Raise what `new` would of the spec itself, without drawing factors.
+
+        Returns the names of the sites that it stands on and their ranks, 0 of whole copies; an init that reads data may
+        share these out otherwise.
+        """
+        picked, full, _, resolved = _resolve(base, spec)
+        return {site.name: resolved.rank_at(site.name) for site in picked} | dict.fromkeys(full, 0)
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:
@@ -189,8 +207,56 @@ def _resolve(base: FrozenModel, spec: AdapterSpec) -> tuple[list[Site], dict[str
             allowed=", ".join(name for name in INITS if not INITS.get(name).needs_packed),
             next_step="pack the base (quantize: nf4), or choose another adapter.init",
         )
+    _refuse_unreadable(picked, spec)
     capped, resolved = _cap(picked, spec)
     return picked, full, capped, resolved
+
+
+def _refuse_unreadable(sites: Sequence[Site], spec: AdapterSpec) -> None:
+    """An init that reads data is given the inputs of products of items."""
+    if INITS.get(spec.init).reads is None:
+        return
+    for site in sites:
+        if not site.kind.product:
+            raise SpecError(
+                f"init {spec.init!r} starts from the inputs of linear maps, and {site.name!r} is of the kind "
+                f"{site.kind.name!r}",
+                allowed="sites: all-linear, or names of linear maps",
+                next_step=f"leave {site.name!r} out, copy it whole (adapter.full_sites), or choose another init",
+            )
+
+
+def _with_ranks_of(
+    inputs: Mapping[str, Any] | None, sites: list[Site], spec: AdapterSpec
+) -> tuple[list[Site], AdapterSpec]:
+    """The sites that are left, and the spec with the ranks that an init gives them by what it found in the data."""
+    reads = INITS.get(spec.init).reads
+    if reads is None or not sites:
+        return sites, spec
+    if inputs is None:
+        raise SpecError(
+            f"init {spec.init!r} reads data, and an adapter is made here without any",
+            allowed=", ".join(name for name in INITS if INITS.get(name).reads is None),
+            next_step="manylora.train reads it from the rows of data.train; or choose another init",
+        )
+    ranks = reads.ranks(sites, inputs, spec)
+    for name, rank in ranks.items():
+        if rank and rank != spec.rank_at(name):
+            spec = spec.with_rank_at(name, rank)
+    return [site for site in sites if ranks[site.name]], spec
+
+
+def _start(
+    site: Site, spec: AdapterSpec, seed: int, originals: Originals, inputs: Mapping[str, Any] | None = None
+) -> Start:
+    return Start(
+        site=site,
+        rank=spec.rank_at(site.name),
+        scale=spec.scale(site.name),
+        generator=torch.Generator().manual_seed(mix(seed, site_key(site.name)) >> 1),
+        original=partial(originals.weight, site),
+        inputs=None if inputs is None else inputs[site.name],
+    )
 
 
 def _full_sites(base: FrozenModel, spec: AdapterSpec) -> list[Site]:

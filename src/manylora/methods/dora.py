@@ -8,7 +8,7 @@ Source: DoRA (2402.09353), equations 5 and 11.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from manylora.methods.lora import Lora, used
 from manylora.ops.gain import Gain, gained, row_norms, row_squares
 from manylora.ops.low_rank import widened
 from manylora.spec import AdapterSpec
-from manylora.types import Factors, Site, SiteKind, Stack, Use
+from manylora.types import Factors, Site, SiteKind, Stack, Start, Use
 
 Versions = tuple[tuple[int, int], ...]
 
@@ -53,11 +53,9 @@ class Dora(Lora):
     def stack_shapes(self, site: Site, shape_class: int) -> Mapping[str, tuple[int, ...]]:
         return {**super().stack_shapes(site, shape_class), "magnitude": site.out_in[:1]}
 
-    def init(
-        self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
-    ) -> Factors:
-        factors = super().init(site, rank, spec, generator, original)
-        weight, scale = site.weight(), torch.tensor([spec.scale(site.name)], dtype=torch.float64)
+    def init(self, start: Start, spec: AdapterSpec) -> Factors:
+        factors = super().init(start, spec)
+        weight, scale = start.site.weight(), torch.tensor([start.scale], dtype=torch.float64)
         a, b = (factor[None].to(weight.device) for factor in used(factors, spec.quantize))
         norms = row_norms(weight, row_squares(weight), a, b, scale.to(weight.device))[0]
         return replace(factors, tensors={**factors.tensors, "magnitude": norms.cpu()})

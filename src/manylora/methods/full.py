@@ -5,7 +5,7 @@ Used for heads (PEFT's `modules_to_save`) and, on every site, for full fine-tuni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from manylora.errors import SpecError
 from manylora.forwards import run_with
 from manylora.spec import AdapterSpec
-from manylora.types import Factors, Site, SiteKind, Use
+from manylora.types import Factors, Site, SiteKind, Start, Use
 
 HEAD_STD = 0.02
 """The spread of fresh weights, `initializer_range` of most models of transformers."""
@@ -52,13 +52,11 @@ class Full:
     def stack_shapes(self, site: Site, shape_class: int) -> Mapping[str, tuple[int, ...]]:
         return site.shapes(shape_class)
 
-    def init(
-        self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
-    ) -> Factors:
-        if site.lacks is not None:
-            return Factors(self.name, _drawn_head(site, spec.outputs, generator))
+    def init(self, start: Start, spec: AdapterSpec) -> Factors:
+        if start.site.lacks is not None:
+            return Factors(self.name, _drawn_head(start.site, spec.outputs, start.generator))
         copies = {}
-        for name, value in site.parameters().items():
+        for name, value in start.site.parameters().items():
             master = value.to("cpu", torch.promote_types(value.dtype, torch.float32))
             copies[name] = master.clone(memory_format=torch.contiguous_format)
         return Factors(self.name, copies)

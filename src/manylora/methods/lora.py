@@ -5,7 +5,7 @@ Source: LoRA (2106.09685), section 4; scale rules: spec.AdapterSpec.scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from manylora.errors import SpecError
 from manylora.methods.inits import INITS
-from manylora.methods.inits.init import Start
 from manylora.ops.low_rank import low_rank, low_rank_together, segment_mask, widened
 from manylora.ops.rounding import fake_quantised
 from manylora.spec import AdapterSpec
-from manylora.types import Factors, Segment, Site, SiteKind, Stack, Use
+from manylora.types import Factors, Segment, Site, SiteKind, Stack, Start, Use
 
 
 class Lora:
@@ -51,17 +50,15 @@ class Lora:
     def stack_shapes(self, site: Site, shape_class: int) -> Mapping[str, tuple[int, ...]]:
         return site.kind.factor_shapes(site.shapes()["weight"], shape_class)
 
-    def init(
-        self, site: Site, rank: int, spec: AdapterSpec, generator: torch.Generator, original: Callable[[], Tensor]
-    ) -> Factors:
-        rows, columns = site.out_in
-        if rank > min(rows, columns):
+    def init(self, start: Start, spec: AdapterSpec) -> Factors:
+        site, (rows, columns) = start.site, start.site.out_in
+        if start.rank > min(rows, columns):
             raise SpecError(
-                f"rank {rank} at {site.name!r}, a map of {rows} x {columns}", allowed=f"1 to {min(rows, columns)}"
+                f"rank {start.rank} at {site.name!r}, a map of {rows} x {columns}", allowed=f"1 to {min(rows, columns)}"
             )
         init = INITS.get(spec.init)
-        shapes = site.kind.factor_shapes(site.shapes()["weight"], rank)
-        drawn = init.draw(Start(site, rank, spec.scale(site.name), generator, original))
+        shapes = site.kind.factor_shapes(site.shapes()["weight"], start.rank)
+        drawn = init.draw(start)
         a, b = (factor.cpu().reshape(shapes[name]) for name, factor in zip("ab", drawn, strict=True))
         anchors = {"a": a.clone(), "b": b.clone()} if init.anchored else {}
         return Factors(self.name, {"a": a, "b": b}, anchors)

@@ -135,24 +135,19 @@ def traced_run(
 
 def _member(config: Config, stock: Stock, place: int, notes: list[str]) -> tuple[Member, Adapter]:
     """A member with a fresh adapter; where its init needs numbers, one of the same shapes."""
-    try:
-        return stock.member(config, f"member-{place}")
-    except RuntimeError as error:
-        plain = config.model_copy(update={"adapter": config.adapter.model_copy(update={"init": "default"})})
-        member, adapter = stock.member(plain, f"member-{place}")
-        if not notes:
-            notes.append(
-                f"the start of adapter.init {config.adapter.init} is not in the plan ({type(error).__name__}): "
-                "it reads the weights"
-            )
-        if INITS.get(config.adapter.init).anchored:
-            anchored = {
-                name: replace(own, anchors={key: value.clone() for key, value in own.tensors.items()})
-                if own.method == config.adapter.method else own
-                for name, own in adapter.factors.items()
-            }  # fmt: skip
-            adapter = replace(adapter, factors=anchored)
-        return member, adapter
+    name, reads = f"member-{place}", "the weights"
+    if config.adapter.from_ is None and INITS.get(config.adapter.init).reads is not None:
+        reads = "data, and ranks are as asked for"
+    else:
+        try:
+            return stock.member(config, name)
+        except RuntimeError as error:
+            if config.adapter.from_ is not None:
+                raise
+            reads = f"the weights ({type(error).__name__})"
+    if not notes:
+        notes.append(f"the start of adapter.init {config.adapter.init} is not in the plan: it reads {reads}")
+    return stock.member(config, name, shape=config.adapter.spec())
 
 
 def _longest_step(member: Member) -> int:

@@ -18,12 +18,13 @@ from manylora.errors import NonFiniteLoss, RouteError, UserError
 from manylora.evaluation.evaluate import evaluate_losses
 from manylora.memory.allocator import give_back_freed
 from manylora.memory.device import peak_bytes
+from manylora.spec import AdapterSpec
 from manylora.training.at_once import AtOnce
 from manylora.training.checkpoint import Checkpoints, Kept
 from manylora.training.checkpointing import Checkpointing
 from manylora.training.deal import admissible
 from manylora.training.footprint import member_bytes
-from manylora.training.member import Member, State, follower_start, tokens_of
+from manylora.training.member import Member, State, follower_start, kept_spec, tokens_of
 from manylora.training.optim import OPTIMIZERS
 from manylora.training.optim.stacked import WATCHED_STEPS, StackedOptimizer
 from manylora.training.orders import Ending, Report, Source, Verdict
@@ -41,8 +42,9 @@ class Recorder(Protocol):
     def stage(self, text: str) -> None: ...
 
 
-Make = Callable[[str], tuple[Member, Adapter]]
-"""A member and its fresh adapter, by name; the same at every call."""
+Make = Callable[[str, AdapterSpec | None], tuple[Member, Adapter]]
+"""A member and its fresh adapter, by name; the same at every call. A specification is given where a checkpoint has the
+adapter's numbers: then only its shape is wanted (`Stock.member`)."""
 Hand = Callable[[Member, Adapter], None]
 """Called with every member that ends, and the adapter that is its result."""
 
@@ -144,8 +146,7 @@ class Loop:
         self.at_once.restore(found.memory)
         self.waiting, self.ended = dict(found.waiting), dict(found.ended)
         for name, progress in found.running.items():
-            member, adapter = self._made(name)
-            member.restore(progress)
+            member, adapter = self._made(name, progress)
             kept = found.tensors(name)
             self._enter(member, replace(adapter, factors=kept.now), kept)
         if found.arriving is not None:
@@ -277,8 +278,11 @@ class Loop:
                     self.bank.clear(slot)
                 member.sit(())
 
-    def _made(self, name: str) -> tuple[Member, Adapter]:
-        member, adapter = self.make(name)
+    def _made(self, name: str, progress: Mapping[str, Any] | None = None) -> tuple[Member, Adapter]:
+        """A member at its start, or where its progress left it: then its adapter's numbers are those that were kept."""
+        member, adapter = self.make(name, None if progress is None else kept_spec(progress))
+        if progress is not None:
+            member.restore(progress)
         self.members[name] = member
         self._bare[name] = replace(adapter, factors={})
         return member, adapter
@@ -345,7 +349,7 @@ class Loop:
         """A member that waited, here or in another loop, and what was kept of it when it left its slot."""
         assert self.checkpoints is not None, "members can only wait where there are checkpoints"
         progress, kept = self.checkpoints.unpark(name, self.waiting.pop(name, None))
-        member = self.members[name] if name in self.members else self._made(name)[0]
+        member = self.members[name] if name in self.members else self._made(name, progress)[0]
         member.restore(progress)
         member.sit(())
         return member, kept

@@ -105,7 +105,7 @@ class Member:
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps beside factors and optimiser state."""
-        values = {name: getattr(self, name) for name in KEPT}
+        values = {name: getattr(self, name) for name in KEPT} | {"spec": self.spec.to_dict()}
         return values | {"best_loss": None if math.isinf(self.best_loss) else self.best_loss}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
@@ -183,6 +183,11 @@ def follower_start(follower: Follower, start: Adapter) -> Adapter:
         AdapterBroken: no adapter lies where it says.
     """
     return start if follower.adapter is None else Adapter.load(follower.adapter)
+
+
+def kept_spec(progress: Mapping[str, Any]) -> AdapterSpec | None:
+    """What the adapter of a member is, as its progress has it; None: it was written by 0.1.0, which left that out."""
+    return AdapterSpec.from_dict(progress["spec"]) if "spec" in progress else None
 
 
 KEPT = ("slot", "follower_slots", "state", "reason", "step", "tokens", "level", "loss", "best_loss", "best_step",

@@ -14,6 +14,7 @@ from manylora.adapters.receipt import check_receipt
 from manylora.base.frozen import FrozenModel
 from manylora.data.batches import Epochs
 from manylora.errors import BaseMismatch, ConfigError
+from manylora.methods.inits import INITS
 from manylora.objectives import OBJECTIVES
 from manylora.objectives.objective import objective_of
 from manylora.tasks import TASKS
@@ -22,6 +23,7 @@ from manylora.tasks.data import (
     filling,
     split_off,
 )
+from manylora.training.inputs import first_readers, read_inputs
 from manylora.training.member import Member, Recipe, follower_start, steps_for, tokens_of, total_steps
 from manylora.training.optim.stacked import OptimizerSettings
 from manylora.training.rates import auto_rate
@@ -49,6 +51,7 @@ class Stock:
         self.use_cache = use_cache
         self._data: dict[str, RunData] = {}
         self._epochs: dict[tuple[str, int], Epochs] = {}
+        self._inputs_read: dict[tuple[str, str, str, int], Any] = {}
         task = self.task(config)
         self._found = task.find(config, self._objects)
         self.base: Any = task.open(config, self._objects)
@@ -110,14 +113,17 @@ class Stock:
             self._data[key] = data
         return self._data[key]
 
-    def member(self, config: Config, name: str) -> tuple[Member, Adapter]:
+    def member(self, config: Config, name: str, *, shape: AdapterSpec | None = None) -> tuple[Member, Adapter]:
         """A member as a configuration describes it, and its fresh adapter.
+
+        `shape`: the adapter has that of this specification, and numbers of no meaning (`Adapter.shaped`): a checkpoint
+        has them.
 
         Raises:
             UserError: its data, its adapter or its schedule cannot be had.
         """
         data = self.data(config)
-        adapter = self.start(config)
+        adapter = self.start(config, shape=shape)
         optimizer_of(config.train).check(list(adapter.factors))
         member = self._laid_out(config, name, adapter.spec, data)
         for follower in member.objective.followers.values():
@@ -125,17 +131,42 @@ class Stock:
         self._say(coverage(self.base, adapter))
         return member, adapter
 
-    def start(self, config: Config) -> Adapter:
-        """What a configuration's member starts from, with what its task says of itself."""
+    def start(self, config: Config, *, shape: AdapterSpec | None = None) -> Adapter:
+        """What a configuration's member starts from, with what its task says of itself; `shape` as in `member`."""
         task = self.task(config)
-        adapter = start_adapter(config, self.base, outputs=task.outputs(self.data(config)))
+        spec = replace(config.adapter.spec(), outputs=task.outputs(self.data(config)))
+        if config.adapter.from_ is not None:
+            adapter = continued_adapter(config, self.base)
+        elif shape is not None:
+            adapter = Adapter.shaped(self.base, replace(shape, outputs=spec.outputs))
+        else:
+            adapter = Adapter.new(self.base, spec, seed=config.train.seed, inputs=self._inputs(config, spec))
         return replace(adapter, record={"name": config.task, **task.record(config, self.base)})
+
+    def _inputs(self, config: Config, spec: AdapterSpec) -> dict[str, Any] | None:
+        """What the init found of each site's inputs: read once for all members that train on the same rows."""
+        reader = INITS.get(spec.init).reads
+        if reader is None:
+            return None
+        first, ranks = first_readers(self.base), Adapter.check(self.base, spec)
+        low_rank = {name: rank for name, rank in ranks.items() if rank}
+        wanted: dict[str, int] = {}
+        for name, rank in low_rank.items():
+            wanted[first[name]] = max(rank, wanted.get(first[name], 0))
+        key = self._key(config), spec.init
+        missing = {name: rank for name, rank in wanted.items() if (*key, name, rank) not in self._inputs_read}
+        if missing:
+            # The order of rows is of no member: those of other seeds share what is found.
+            epochs = self._epochs_of(config, seed=0)
+            for name, found in read_inputs(self.base, epochs, reader, missing).items():
+                self._inputs_read[*key, name, missing[name]] = found
+        return {name: self._inputs_read[*key, first[name], wanted[first[name]]] for name in low_rank}
 
     def check(self, config: Config) -> None:
         """Raise what `member` would of the data and of the adapter's sites and ranks; no factors are drawn."""
         self.data(config)
         if config.adapter.from_ is None:
-            sites = Adapter.check(self.base, config.adapter.spec())
+            sites = list(Adapter.check(self.base, config.adapter.spec()))
         else:
             sites = list(self.start(config).factors)
         optimizer_of(config.train).check(sites)
@@ -147,13 +178,9 @@ class Stock:
         return tokens_of(member.epochs, steps=steps, rows_per_step=member.recipe.rows_per_step), steps
 
     def _laid_out(self, config: Config, name: str, spec: AdapterSpec, data: RunData) -> Member:
-        row_tokens, seed = self.row_tokens(config), config.train.seed
-        key = self._key(config), seed
-        if key not in self._epochs:
-            packs = self.base.packs
-            self._epochs[key] = Epochs(data.train, row_tokens=row_tokens, seed=seed, packs=packs, weights=data.weights)
-            self._say(filling(self._epochs[key], config.train.rows_per_step))
-        epochs = self._epochs[key]
+        seed = config.train.seed
+        epochs = self._epochs_of(config, seed=seed)
+        self._say(filling(epochs, config.train.rows_per_step))
         recipe, notes = make_recipe(config, epochs, self.base)
         self._say(notes)
         return Member(
@@ -166,10 +193,20 @@ class Stock:
             eval_examples=data.held_out,
         )
 
+    def _epochs_of(self, config: Config, *, seed: int) -> Epochs:
+        key = self._key(config), seed
+        if key not in self._epochs:
+            data, row_tokens = self.data(config), self.row_tokens(config)
+            self._epochs[key] = Epochs(
+                data.train, row_tokens=row_tokens, seed=seed, packs=self.base.packs, weights=data.weights
+            )
+        return self._epochs[key]
+
     def _key(self, config: Config) -> str:
         """What decides a configuration's examples, as text."""
-        parts = (config.task, config.data.model_dump(mode="json"), self.row_tokens(config), _split_seed(config),
-                 config.evaluate.max_examples)  # fmt: skip
+        split = config.data.eval_fraction is not None or config.data.fold is not None
+        parts = (config.task, config.data.model_dump(mode="json"), self.row_tokens(config),
+                 _split_seed(config) if split else None, config.evaluate.max_examples)  # fmt: skip
         return json.dumps(parts, sort_keys=True)
 
     def row_tokens(self, config: Config) -> int:
@@ -192,15 +229,13 @@ def _split_seed(config: Config) -> int:
     return config.train.seed if config.data.split_seed is None else config.data.split_seed
 
 
-def start_adapter(config: Config, base: FrozenModel, *, outputs: int | None = None) -> Adapter:
-    """A fresh adapter, or the one that `adapter.from` names with the dropout that is asked for.
+def continued_adapter(config: Config, base: FrozenModel) -> Adapter:
+    """The adapter that `adapter.from` names, with the dropout that is asked for.
 
     Raises:
-        BaseMismatch: the adapter to continue was made for another base.
+        BaseMismatch: it was made for another base.
     """
-    spec = replace(config.adapter.spec(), outputs=outputs)
-    if config.adapter.from_ is None:
-        return Adapter.new(base, spec, seed=config.train.seed)
+    assert config.adapter.from_ is not None
     adapter = Adapter.load(config.adapter.from_)
     if adapter.base_fingerprint not in (None, base.fingerprint):
         raise BaseMismatch(
@@ -214,7 +249,8 @@ def start_adapter(config: Config, base: FrozenModel, *, outputs: int | None = No
             allowed="adapter.dropout beside adapter.from",
             next_step=f"leave out {', '.join(f'adapter.{name}' for name in sorted(given))}",
         )
-    return replace(adapter, spec=replace(adapter.spec, dropout=spec.dropout), base_fingerprint=base.fingerprint)
+    spec = replace(adapter.spec, dropout=config.adapter.dropout)
+    return replace(adapter, spec=spec, base_fingerprint=base.fingerprint)
 
 
 def make_recipe(config: Config, epochs: Epochs, base: FrozenModel) -> tuple[Recipe, list[str]]:

@@ -33,7 +33,7 @@ from manylora.training.compiling import choose_compiling, compiled
 from manylora.training.expected import expected
 from manylora.training.fitting import Fit, asked, fit, keep_fit, kept_fit, modes_with
 from manylora.training.loop import Hand, Loop, LoopSettings, Make, Recorder
-from manylora.training.member import Member, follower_start
+from manylora.training.member import Member, follower_start, kept_spec
 from manylora.training.orders import Given, Source
 from manylora.training.prepare import Stock
 
@@ -116,7 +116,9 @@ def train(
         console.note(f"{folder.path} is finished")
         return Result(folder.path, finished)
     stock = Stock(config, objects=objects, use_cache=use_cache)
-    made = stock.member(config, MEMBER)
+    kept = Checkpoints(folder.checkpoints, config.checkpoint.keep).read() if resume else None
+    progress = None if kept is None else (kept.running | kept.ended).get(MEMBER)
+    made = stock.member(config, MEMBER, shape=None if progress is None else kept_spec(progress))
     chosen = kept_fit(folder.checkpoints) if resume else None
     if chosen is None:
         asks = config.train
@@ -141,7 +143,7 @@ def train(
                 stock,
                 folder,
                 Given([MEMBER]),
-                lambda name: made,
+                lambda name, shape: made,
                 lambda log, trackers: RunRecorder(log, trackers, console, member.recipe.last_step),
                 bank=bank,
                 slots=slots,

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from manylora.methods.inits.init import Init, Start
+from manylora.methods.inits.init import Init
+from manylora.types import Start
 
 
 def default(start: Start) -> tuple[Tensor, Tensor]:

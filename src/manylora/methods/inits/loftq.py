@@ -14,10 +14,10 @@ from torch import Tensor
 
 from manylora.errors import SpecError
 from manylora.methods.inits.drawn import default
-from manylora.methods.inits.init import Init, Start
+from manylora.methods.inits.init import Init
 from manylora.methods.inits.svd import leading_factors
 from manylora.ops.dropout import mix, site_key
-from manylora.types import Factors
+from manylora.types import Factors, Start
 
 if TYPE_CHECKING:
     from manylora.spec import AdapterSpec

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manylora.methods.inits.init import Init, Start
+from manylora.methods.inits.init import Init
+from manylora.types import Start
 
 
 def olora(start: Start) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from manylora.methods.inits.init import Init, Start
+from manylora.methods.inits.init import Init
 from manylora.methods.inits.svd import leading_factors
+from manylora.types import Start
 
 
 def pissa(start: Start) -> tuple[Tensor, Tensor]:

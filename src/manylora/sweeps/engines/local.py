@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from manylora.adapters.adapter import Adapter
     from manylora.config import Config
     from manylora.runs.folder import RunFolder
+    from manylora.spec import AdapterSpec
     from manylora.sweeps.director import Director
     from manylora.sweeps.ledger import Ledger
     from manylora.training.loop import Make
@@ -71,8 +72,8 @@ def run(
 def maker(stock: Stock, config_of: Callable[[str], Config], note: Callable[[str], None]) -> Make:
     """What makes a loop's members by name, and notes what each brings that is new."""
 
-    def make(name: str) -> tuple[Member, Adapter]:
-        made = stock.member(config_of(name), name)
+    def make(name: str, shape: AdapterSpec | None) -> tuple[Member, Adapter]:
+        made = stock.member(config_of(name), name, shape=shape)
         for line in stock.new_notes():
             note(line)
         return made
