@@ -11,5 +11,6 @@ INITS: Table[Init] = Table(
         "pissa": "manylora.methods.inits.pissa:PISSA",
         "olora": "manylora.methods.inits.olora:OLORA",
         "loftq": "manylora.methods.inits.loftq:LOFTQ",
+        "eva": "manylora.methods.inits.eva:EVA",
     },
 )
