@@ -77,6 +77,10 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.seed": (5, {}),
     "train.checkpointing": ("full", {}),
     "train.compile": ("layers", {}),
+    "objective": ("distill", {}),
+    "objective.temperature": (5.0, {"objective": "distill", "train.optimizer": "sgd"}),
+    "objective.weight": (0.25, {"objective": "distill"}),
+    "objective.teacher": ("{adapter}", {"objective": "distill"}),
     "evaluate.every_steps": (1, {}),
     "evaluate.at_tokens": ([20], {"evaluate.every_steps": 100}),
     "evaluate.max_new_tokens": (2, {}),
@@ -153,6 +157,8 @@ def places(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     base = manylora.load_base(str(tiny_base_folder), dtype="float64")
     adapter = manylora.Adapter.new(base, manylora.AdapterSpec(rank=4), seed=77)
+    for own in adapter.factors.values():
+        own.tensors["b"].fill_(0.5)  # another map than the base's: a teacher, too
     return {
         "other_base": other,
         "custom_base": custom,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import peft
 import pytest
@@ -18,7 +19,7 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.headless import load_headless
 from manylora.config import load_config
-from manylora.errors import BaseBroken, ConfigError, RouteError, SpecError, UnknownName
+from manylora.errors import BaseBroken, ConfigError, DataError, RouteError, SpecError, UnknownName
 from manylora.spec import AdapterSpec
 from manylora.training.loop import Loop
 from manylora.training.orders import Given
@@ -190,3 +191,12 @@ def test_a_checkpoint_that_lacks_more_than_a_head_is_broken(tmp_path) -> None:
 def test_a_mistyped_task_of_ones_own_is_named(name: str, says: str, tmp_path) -> None:
     with pytest.raises((UnknownName, ConfigError), match=says):
         load_config(written(tmp_path), {"task": name})
+
+
+def test_an_example_of_no_tokens_is_refused_before_anything_is_written(tmp_path) -> None:
+    config = load_config(written(tmp_path, names=("good", "bad"), steps=2, name="empty"))
+    path = Path(config.data.train[0].path)
+    path.write_text(path.read_text() + json.dumps({"text": "", "good": 0, "bad": 0}) + "\n")
+    with pytest.raises(DataError, match="an example of no tokens, number"):
+        manylora.train(config)
+    assert not config.output.exists()

@@ -9,11 +9,14 @@ from dataclasses import fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.receipt import check_receipt
 from manylora.base.frozen import FrozenModel
 from manylora.data.batches import Epochs
-from manylora.errors import BaseMismatch, ConfigError
+from manylora.data.store import lengths_of
+from manylora.errors import BaseMismatch, ConfigError, DataError
 from manylora.methods.inits import INITS
 from manylora.objectives import OBJECTIVES
 from manylora.objectives.objective import objective_of
@@ -107,6 +110,12 @@ class Stock:
             task = self.task(config)
             found = self._found if config is self.config else task.find(config, self._objects)
             data = task.read(config, self.base, found, self._objects, use_cache=self.use_cache)
+            for side in (data.train, data.held_out):
+                if (empty := np.flatnonzero(lengths_of(side) < 1)).size:
+                    raise DataError(
+                        f"the task {config.task} made an example of no tokens, number {empty[0] + 1} of {len(side):,}",
+                        allowed="examples of at least one token",
+                    )
             data = split_off(config, data, _split_seed(config))
             counts = f"{len(data.train):,} examples to learn from, {len(data.held_out):,} held out"
             self._say([*notes, *data.notes, counts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import threading
@@ -338,7 +339,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Scores of a configuration's held-out rows for `base` and `adapter`; what each writes goes to samples.jsonl.
 
-    `footnotes` say by metric what it is exactly.
+    `footnotes` say by metric what it is exactly. A score that is no finite number is left out.
     The adapter is put into the first of `slots`, its objective's followers into the next ones, as they were at the
     start: what a folder of an adapter does not hold has no part in its scores. The slots are empty afterwards.
     """
@@ -363,10 +364,11 @@ def compare(
             rows_per_batch=config.train.rows_per_step,
         )
         scored = stock.task(config).score(base, held_out, config, slot=slot)
-        scores[who] |= scored.metrics
+        scores[who] |= {name: value for name, value in scored.metrics.items() if math.isfinite(value)}
         footnotes = scored.footnotes or footnotes
         written[who] = scored.answers[: config.evaluate.samples]
-    scores["footnotes"] = dict(footnotes)
+    told = scores["adapter"].keys()
+    scores["footnotes"] = {name: text for name, text in footnotes.items() if name in told}
     for slot in slots:
         bank.clear(slot)
     samples = [

@@ -87,7 +87,8 @@ def _dealt(
     ]
     alike: dict[Any, list[int]] = {}
     for which, (member, own) in enumerate(zip(members, rows, strict=True)):
-        alike.setdefault((type(own[0][0]), base.bank.widths(member.slot)), []).append(which)
+        widths = base.bank.widths(member.slot) if base.lacking else ()
+        alike.setdefault((type(own[0][0]), widths), []).append(which)
     return [
         batch_of(
             [rows[group[place]][row] for place, row in part],
