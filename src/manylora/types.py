@@ -310,6 +310,8 @@ class Method(Protocol):
     few bits."""
     raised: frozenset[str]
     """Names of the tensors whose learning rate `train.rate_ratio` multiplies."""
+    optional: frozenset[str]
+    """Names of tensors that a site may be without: its module has nothing for them to stand on."""
     peft: Mapping[str, Any] | None
     """The settings that mark its folders among PEFT's adapters of low rank; None: PEFT keeps it as a copied module."""
 

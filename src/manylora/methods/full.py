@@ -31,6 +31,7 @@ class Full:
     factored = False
     low_rank = False
     raised: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
     peft: Mapping[str, Any] | None = None
 
     def adapts(self, kind: SiteKind) -> bool:

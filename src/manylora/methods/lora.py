@@ -32,6 +32,7 @@ class Lora:
     # at zero (the paper's Init[1] and Init[2]). An embedding's input has one term: there the ratio only makes b, again
     # the factor at the output, faster than a.
     raised = frozenset({"b"})
+    optional: frozenset[str] = frozenset()
     peft: Mapping[str, Any] | None = {}
 
     def adapts(self, kind: SiteKind) -> bool:

@@ -231,7 +231,8 @@ def _drop_tied(full: _Tensors, tied: Mapping[str, str], path: Path) -> dict[str,
 
 
 def _check_all_there(low_rank: _Tensors, full: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
-    wanted = dict.fromkeys(tensor for _, tensor, _ in _ends(method_of(config)))
+    optional = METHODS.get(method_of(config)).optional
+    wanted = dict.fromkeys(tensor for _, tensor, _ in _ends(method_of(config)) if tensor not in optional)
     for site, found in low_rank.items():
         for factor in wanted:
             if factor not in found:
