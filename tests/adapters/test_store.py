@@ -248,8 +248,7 @@ def test_a_config_that_is_no_json_object_is_refused(folder, text):
 
 
 UNSUPPORTED = {
-    "lora_bias": True,
-    "bias": "lora_only",
+    "bias": "all",
     "trainable_token_indices": [3],
     "target_parameters": ["experts.gate"],
     "alora_invocation_tokens": [1, 2],

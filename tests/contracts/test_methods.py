@@ -50,7 +50,26 @@ def dora_in_autograd(x: Tensor, site: Site, uses: Sequence[Use]) -> Tensor:
     return gain_reference(lora_in_autograd(x, site, uses), gains, site.module.bias)
 
 
-IN_AUTOGRAD = {"lora": lora_in_autograd, "dora": dora_in_autograd}
+def biased_in_autograd(x: Tensor, site: Site, uses: Sequence[Use]) -> Tensor:
+    """With the shift of each item laid out whole."""
+    y = lora_in_autograd(x, site, uses)
+    shifts = torch.zeros_like(y.reshape(-1, y.shape[-1]))
+    for use in uses:
+        for segment in use.runs.segments if "bias" in use.stack.tensors else ():
+            bias = use.stack.tensors["bias"][segment.place]
+            own = use.stack.method == "lora-own-bias"
+            shift = bias - site.module.bias if own else use.stack.scales[segment.place] * bias
+            rows = torch.arange(segment.start, segment.stop)
+            shifts = shifts.index_put((rows,), shift.expand(len(rows), -1))
+    return y + shifts.view(y.shape)
+
+
+IN_AUTOGRAD = {
+    "lora": lora_in_autograd,
+    "dora": dora_in_autograd,
+    "lora-bias": biased_in_autograd,
+    "lora-own-bias": biased_in_autograd,
+}
 
 
 def conv1d(columns: int, rows: int) -> nn.Module:
@@ -131,8 +150,15 @@ def filled(kind: str, method: str, dropout: float = 0.0, init: str = "default") 
     return bank
 
 
+# A bias that the site's module has no place for is no change of its parameters, and refused by name.
 @pytest.mark.parametrize(
-    ("method", "init", "kind"), [(*start, kind) for start in STARTS for kind in MODULES if adapts(start[0], kind)]
+    ("method", "init", "kind"),
+    [
+        (*start, kind)
+        for start in STARTS
+        for kind in MODULES
+        if adapts(start[0], kind) and (start[0], kind) != ("lora-bias", "linear without bias")
+    ],
 )
 @pytest.mark.parametrize("rows", [(0,), (1, 1), (0, 1, 2), (2, -1, 0, 0, 2, -1), (1, 0, 1, 0), (0, 2)])
 def test_forward_equals_the_map_with_dense_plus_delta(kind: str, method: str, init: str, rows: tuple[int, ...]) -> None:

@@ -158,6 +158,13 @@ OURS = {
     ),
     "dora of a model with biases": ("bert", AdapterSpec(method="dora", rank=4, alpha=8, exclude=("classifier",))),
     "dora of conv1d": ("gpt2", AdapterSpec(method="dora", rank=4, alpha=8, scale_rule="alpha/sqrt(rank)")),
+    "a bias of b": ("bert", AdapterSpec(method="lora-bias", rank=4, alpha=8, exclude=("classifier",))),
+    "a bias of b, of conv1d": ("gpt2", AdapterSpec(method="lora-bias", rank=4, alpha=6, full_sites=("ln_f",))),
+    "own biases": ("bert", AdapterSpec(method="lora-own-bias", rank=4, alpha=8, exclude=("classifier",))),
+    "own biases where there are none": (
+        "llama",
+        AdapterSpec(method="lora-own-bias", rank=4, alpha=8, rank_pattern={"q_proj": 7}),
+    ),
     "classifier": ("bert", AdapterSpec(rank=4, alpha=8, full_sites=("classifier",))),
     "a classifier that stays frozen": ("bert", AdapterSpec(rank=4, alpha=8, exclude=("classifier",))),
     "encoder full": ("bert", AdapterSpec(method="full", sites=("everything",))),
@@ -256,6 +263,22 @@ THEIRS = {
     ),
     "dora of conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
     "dora of a classifier": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS", "use_dora": True}),
+    "lora_bias": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "lora_bias": True}),
+    "lora_bias of a classifier": (
+        "bert",
+        {"target_modules": ["query", "dense"], "lora_bias": True, "modules_to_save": ["classifier"]},
+    ),
+    "bias: lora_only": ("gpt2", {"target_modules": "all-linear", "bias": "lora_only"}),
+    "bias: lora_only, rslora, copies": (
+        "bert",
+        {
+            "target_modules": ["query", "dense"],
+            "bias": "lora_only",
+            "use_rslora": True,
+            "modules_to_save": ["classifier"],
+        },
+    ),
+    "bias: lora_only without biases": ("llama", {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "classifier": ("bert", {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}),
     "sequence classification": ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
 }
@@ -271,7 +294,7 @@ def made_by_peft(module: torch.nn.Module, settings: dict, folder) -> torch.Tenso
             if "lora_" in name:
                 noise = 0.2 * torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(parameter + noise if "magnitude" in name else noise)
-            elif "modules_to_save" in name:
+            elif parameter.requires_grad:  # trained copies, and biases that are trained in place
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     wrapped.save_pretrained(folder)
     return plain_logits(wrapped)
@@ -313,7 +336,6 @@ def test_the_copy_of_the_embedding_is_recognised_by_a_bfloat16_base(tmp_path):
 
 
 UNSUPPORTED_BY_PEFT_MADE = {
-    "lora_bias": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias to True"),
     "bias": ({"target_modules": ["q_proj"], "bias": "all"}, "bias to 'all'"),
     "trainable_token_indices": (
         {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},

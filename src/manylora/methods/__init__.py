@@ -11,6 +11,8 @@ METHODS: Table[Method] = Table(
     {
         "lora": "manylora.methods.lora:LORA",
         "dora": "manylora.methods.dora:DORA",
+        "lora-bias": "manylora.methods.biased:LORA_BIAS",
+        "lora-own-bias": "manylora.methods.biased:OWN_BIAS",
         "full": "manylora.methods.full:FULL",
     },
 )
