@@ -120,7 +120,7 @@ def test_the_sweep_pages_commands_run(newcomer: Path, tmp_path: Path, monkeypatc
         assert (tmp_path / "runs" / "sweep" / name).exists(), name
 
 
-@pytest.mark.parametrize("page", ["data.md", "formats.md", "quantisation.md", "inits.md", "sweeps.md"])
+@pytest.mark.parametrize("page", ["data.md", "formats.md", "quantisation.md", "inits.md", "methods.md", "sweeps.md"])
 def test_every_yaml_block_of_the_data_pages_is_a_configuration(page: str) -> None:
     for text in blocks(ROOT / "docs" / page, "yaml"):
         given = yaml.safe_load(text)
