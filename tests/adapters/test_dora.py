@@ -20,7 +20,7 @@ from manylora.methods import METHODS, dora
 from manylora.methods.inits import INITS
 from manylora.ops import gain
 from manylora.spec import AdapterSpec
-from manylora.types import Factors
+from manylora.types import Factors, Runs, Segment
 
 SPEC = AdapterSpec(method="dora", rank=4, alpha=12.0)
 
@@ -55,7 +55,8 @@ def test_the_norm_by_the_identity_is_that_of_the_dense_matrix(ranks: int) -> Non
     torch.testing.assert_close(found, want, rtol=1e-13, atol=0)
 
 
-def test_the_gain_and_its_gradients_agree_with_finite_differences() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_gain_and_its_gradients_agree_with_finite_differences(in_place: bool) -> None:
     base = FrozenModel(
         nn.Sequential(nn.Linear(6, 5)).double(), example=lambda rows: {"input": torch.randn(rows, 6).double()}
     )
@@ -68,10 +69,23 @@ def test_the_gain_and_its_gradients_agree_with_finite_differences() -> None:
         (use,) = [use for _, uses in bank.uses(site, x) for use in uses]
     y = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
     magnitude = use.stack.tensors["magnitude"]
-    gains = [gain.Gain(magnitude, torch.rand(2, 5, dtype=torch.float64) + 1, use.runs)]
+    gains = [gain.Gain(magnitude, torch.rand(2, 5, dtype=torch.float64) + 1, use.runs, in_place)]
     bias = torch.randn(5, dtype=torch.float64)
-    torch.testing.assert_close(gain.gained(y, gains, lambda: bias), gain.reference(y, gains, bias))
-    assert torch.autograd.gradcheck(lambda *_: gain.gained(y, gains, lambda: bias), (y, magnitude))
+    torch.testing.assert_close(gain.gained(1 * y, gains, lambda: bias), gain.reference(y, gains, bias))
+    assert torch.autograd.gradcheck(lambda *_: gain.gained(1 * y, gains, lambda: bias), (y, magnitude))
+
+
+def test_a_row_of_no_length_still_gets_its_gradient() -> None:
+    """What a gain of zero has multiplied cannot be found again: then the input is kept."""
+    runs = Runs((Segment(0, 0, 4, ((0, 4, None),)),), covers_all=True)
+    magnitude = torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    norms = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.float64)
+    assert not gain.recovers(magnitude, norms)
+    assert gain.recovers(magnitude[:, ::2], norms[:, ::2])
+    y = torch.randn(4, 3, dtype=torch.float64)
+    gains = [gain.Gain(magnitude, norms, runs, gain.recovers(magnitude, norms))]
+    (found,) = torch.autograd.grad(gain.gained(1 * y, gains, None).sum(), magnitude)
+    torch.testing.assert_close(found, y.sum(0, keepdim=True) / norms)
 
 
 def test_norms_are_found_once_for_every_change_of_the_factors(base, monkeypatch) -> None:
@@ -126,7 +140,7 @@ def test_every_start_works_on_dense_and_packed_bases_or_is_refused_by_name(
     with Bank(base) as bank:
         bank.put(adapter, slot=0)
         for stack in bank.stacks.values():
-            norms = dora._norms_of(stack.site, stack)
+            norms = dora._norms_of(stack.site, stack).norms
             torch.testing.assert_close(norms, stack.tensors["magnitude"].detach(), rtol=1e-6, atol=0)
     if INITS.get(init).starts_at_base:
         assert torch.equal(logits(adapter), bare)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from manylora.gathering import gathered, is_gathered
 from manylora.methods.lora import Lora, used
-from manylora.ops.gain import Gain, gained, row_norms, row_squares
+from manylora.ops.gain import Gain, gained, recovers, row_norms, row_squares
 from manylora.ops.low_rank import widened
 from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, SiteKind, Stack, Start, Use
@@ -29,10 +29,14 @@ Versions = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Norms:
-    """The norms (P, O) of a stack's places, its weight's squares (O,), and of which factors they are."""
+    """The norms (P, O) of a stack's places, its weight's squares (O,), and of which tensors they are.
+
+    `recovers` is that of `Gain`.
+    """
 
     squares: Tensor
     norms: Tensor
+    recovers: bool
     versions: Versions | None
 
 
@@ -86,7 +90,10 @@ class Dora(Lora):
 
 def _gained(y: Tensor, site: Site, uses: Sequence[Use]) -> Tensor:
     """The output of W + s B A with each row's length as its slot has it; the bias is no part of it."""
-    gains = [Gain(use.stack.tensors["magnitude"], _norms_of(site, use.stack), use.runs) for use in uses]
+    gains = []
+    for use in uses:
+        found = _norms_of(site, use.stack)
+        gains.append(Gain(use.stack.tensors["magnitude"], found.norms, use.runs, found.recovers))
     has_bias = getattr(site.module, "bias", None) is not None
     return gained(y, gains, partial(_bias_of, site, y.dtype) if has_bias else None)
 
@@ -98,13 +105,13 @@ def _bias_of(site: Site, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def _norms_of(site: Site, stack: Stack) -> Tensor:
-    """(P, O) of a stack as its factors are now, found once for every change of them: once a step."""
-    held = [stack.tensors["a"], stack.tensors["b"], *stack.anchors.values()]
+def _norms_of(site: Site, stack: Stack) -> _Norms:
+    """Those of a stack as its tensors are now, found once for every change of them: once a step."""
+    held = [*stack.tensors.values(), *stack.anchors.values()]
     versions = None if any(tensor.is_inference() for tensor in held) else tuple((id(t), t._version) for t in held)
     found = _norms.get(stack)
     if found is not None and versions is not None and found.versions == versions:
-        return found.norms
+        return found
     a, b = stack.tensors["a"], stack.tensors["b"]
     if stack.anchors:
         a, b = widened(a, b, stack.anchors["a"], stack.anchors["b"])
@@ -112,8 +119,9 @@ def _norms_of(site: Site, stack: Stack) -> Tensor:
         weight = site.weight()
         squares = row_squares(weight) if found is None else found.squares
         scales = torch.tensor(stack.scales, dtype=torch.float64, device=weight.device)
-        _norms[stack] = found = _Norms(squares, row_norms(weight, squares, a, b, scales), versions)
-    return found.norms
+        norms = row_norms(weight, squares, a, b, scales)
+    _norms[stack] = found = _Norms(squares, norms, recovers(stack.tensors["magnitude"], norms), versions)
+    return found
 
 
 DORA = Dora()

@@ -2,21 +2,26 @@
 
 Semantics: for an item i of place p, `out[i] = bias + (y[i] - bias) * magnitude[p] / norms[p]`, the norms constants.
 
-The gain is applied as y + (y - bias) (gain - 1): in bfloat16 the gain itself would have no more than eight bits, and
-what training makes of it in the beginning would be lost; its difference from 1 keeps all of them.
+The gain stays in float32 whatever y is: in bfloat16 it would have no more than eight bits, and what training makes of
+it in the beginning would be lost.
+
+It is applied in place, and the backward finds y - bias again as (out - bias) / gain: what comes after a map mostly
+keeps its output anyway, so a second one beside it would be the largest thing that a gain costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manylora.ops.groups import Choice, grouping, index_of
-from manylora.types import Runs
+from manylora.types import Runs, Segment
+
+LEAST_GAIN = 1e-3
+"""A smaller gain leaves too little of y beside a bias."""
 
 
 def row_norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
@@ -49,11 +54,21 @@ def gain_of(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """The places of one stack that change a batch: `magnitude` (P, O), which is trained, `norms` (P, O), the runs."""
+    """The places of one stack that change a batch: `magnitude` (P, O), which is trained, `norms` (P, O), the runs.
+
+    `recovers`: no gain is zero or nearly so, so that y can be found again from what is made of it.
+    """
 
     magnitude: Tensor
     norms: Tensor
     runs: Runs
+    recovers: bool = False
+
+
+def recovers(magnitude: Tensor, norms: Tensor) -> bool:
+    """Whether no place's gain is so small that what it multiplies cannot be found again from the product."""
+    norms = norms.to(magnitude.dtype)
+    return bool(((magnitude.abs() > LEAST_GAIN * norms) | (norms == 0)).all())
 
 
 def reference(y: Tensor, gains: Sequence[Gain], bias: Tensor | None) -> Tensor:
@@ -75,67 +90,88 @@ def reference(y: Tensor, gains: Sequence[Gain], bias: Tensor | None) -> Tensor:
 def gained(y: Tensor, gains: Sequence[Gain], bias: Callable[[], Tensor] | None) -> Tensor:
     """y (..., O) with each item's own gain; items that no run names are left as they are. Gradients: y, magnitudes.
 
-    `bias` gives the bias (O,), in forward and again in backward: a frozen one may be away between the two.
+    y is written over where all gains recover it: nobody else may have kept it. `bias` gives the bias (O,), in forward
+    and again in backward: a frozen one may be away between the two.
     """
-    result: Tensor = _Gained.apply(y, gains, bias, *(gain.magnitude for gain in gains))
+    result: Tensor = _Gained.apply(y.contiguous(), gains, bias, *(gain.magnitude for gain in gains))
     return result
 
 
 class _Gained(torch.autograd.Function):
-    """Saves y and the gains less 1, (P, O) of each stack."""
+    """Saves its output, or y where that cannot be found again, and the gains (P, O) of each stack."""
 
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, gains: Sequence[Gain], read: Callable[[], Tensor] | None, *magnitudes: Tensor
     ) -> Tensor:
-        bias = None if read is None else read()
-        flat = y.reshape(-1, y.shape[-1])
-        covered = len(gains) == 1 and gains[0].runs.covers_all
-        out = torch.empty_like(flat) if covered else flat.clone()
-        lessened = [gain_of(gain.magnitude, gain.norms).sub_(1.0).to(y.dtype) for gain in gains]
-        for gain, less in zip(gains, lessened, strict=True):
-            for places, (given, made) in _pieces(gain.runs, (flat, out)):
-                own = places.of_stack(less)[:, None, :]
-                torch.addcmul(given, given, own, out=made)
-                if bias is not None:
-                    made.sub_(own * bias)
-        ctx.gains, ctx.read, ctx.shape = gains, read, y.shape
-        ctx.save_for_backward(flat, *lessened)
-        return out.view(y.shape)
+        ctx.in_place = all(gain.recovers for gain in gains)
+        # Not as autograd's own in-place: y may be a view that another Function made. Whoever kept y sees its version.
+        out = y.detach() if ctx.in_place else y.clone()
+        wide = torch.promote_types(y.dtype, torch.float32)
+        factors = [gain_of(gain.magnitude, gain.norms).to(wide) for gain in gains]
+        flat, bias = out.view(-1, y.shape[-1]), _bias(read, factors[0][0])
+        for gain, factor in zip(gains, factors, strict=True):
+            for segment in gain.runs.segments:
+                _scale_(flat[segment.start : segment.stop], factor[segment.place], bias)
+        ctx.gains, ctx.read = gains, read
+        ctx.save_for_backward(out if ctx.in_place else y, *factors)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the name of ctx
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        flat, *lessened = ctx.saved_tensors
-        above = grad_outputs[0].reshape(flat.shape)
-        gains, bias = ctx.gains, None if ctx.read is None else ctx.read()
-        covered = len(gains) == 1 and gains[0].runs.covers_all
-        grad_y = torch.empty_like(above) if covered else above.clone()
+        kept, *factors = ctx.saved_tensors
+        flat = kept.view(-1, kept.shape[-1])
+        above = grad_outputs[0].reshape(flat.shape).contiguous()
+        bias = _bias(ctx.read, factors[0][0])
         grads: list[Tensor] = []
-        for gain, less in zip(gains, lessened, strict=True):
-            total = torch.zeros_like(gain.magnitude)
-            for places, (y, grad, below) in _pieces(gain.runs, (flat, above, grad_y)):
-                torch.addcmul(grad, grad, places.of_stack(less)[:, None, :], out=below)
-                summed = (grad * y).sum(1).to(total.dtype)
-                if bias is not None:
-                    summed.sub_(grad.sum(1).to(total.dtype) * bias)
-                total.index_add_(0, index_of(_named(places), total.device), summed)
-            norms = gain.norms.to(total.dtype)
-            grads.append(torch.where(norms > 0, total / norms, 0.0))
-        return grad_y.view(ctx.shape), None, None, *grads
+        pieces: list[tuple[Segment, Tensor]] = []
+        for gain, factor in zip(ctx.gains, factors, strict=True):
+            total = torch.zeros_like(factor)
+            for segment in gain.runs.segments:
+                grad, y = above[segment.start : segment.stop], flat[segment.start : segment.stop]
+                below, summed = _scale_backward(grad, y, factor[segment.place], bias)
+                total[segment.place] += summed
+                pieces.append((segment, below))
+            # What was summed holds the gain where the output was kept, and magnitude / norm is that gain.
+            under = gain.magnitude.detach() if ctx.in_place else gain.norms
+            grads.append(torch.where(gain.norms > 0, total / under.to(total), 0.0).to(gain.magnitude.dtype))
+        return _laid_out(above, pieces).view(kept.shape), None, None, *grads
 
 
-def _pieces(runs: Runs, flats: Sequence[Tensor]) -> Iterator[tuple[Choice, tuple[Tensor, ...]]]:
-    """The items (n, O) of several tensors that places change, as views (G, length, O), one place a group."""
-    for block in grouping(runs).blocks:
-        if block.apart is not None:
-            yield Choice.of(block.places), tuple(block.take(flat) for flat in flats)
-            continue
-        for segment in block.segments:
-            yield Choice.of([segment.place]), tuple(flat[segment.start : segment.stop][None] for flat in flats)
+def _bias(read: Callable[[], Tensor] | None, like: Tensor) -> Tensor:
+    """(O,) the bias, zero where there is none, in the dtype of the gains."""
+    return torch.zeros_like(like) if read is None else read().to(like)
 
 
-def _named(places: Choice) -> tuple[int, ...]:
-    return places.index or tuple(range(places.first, places.first + places.count))
+# A batch norm in evaluation is this very map: its mean and its bias are the map's bias, its variance is one and its
+# weight the gain. Its kernels take each pass once and add up in float32, where products and sums of torch take four.
+
+
+def _scale_(y: Tensor, factor: Tensor, bias: Tensor) -> None:
+    """y (n, O) to (y - bias) factor + bias, in place."""
+    none = factor.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        y, factor, bias, bias, torch.ones_like(factor), False, 0.0, 0.0, out=y, save_mean=none, save_invstd=none
+    )
+
+
+def _scale_backward(grad: Tensor, y: Tensor, factor: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """grad (n, O) times the factor (O,), and the sums (O,) of grad (y - bias)."""
+    none = factor.new_empty(0)
+    below, summed, _ = torch.ops.aten.native_batch_norm_backward(
+        grad, y, factor, bias, torch.ones_like(factor), none, none, False, 0.0, [True, True, True]
+    )
+    return below, summed
+
+
+def _laid_out(above: Tensor, pieces: Sequence[tuple[Segment, Tensor]]) -> Tensor:
+    """The gradient (n, O) with pieces in their places; what none names is as it was."""
+    if len(pieces) == 1 and len(pieces[0][1]) == len(above):
+        return pieces[0][1]
+    made = above.clone()
+    for segment, piece in pieces:
+        made[segment.start : segment.stop] = piece
+    return made
