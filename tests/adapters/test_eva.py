@@ -17,6 +17,7 @@ from torch import Tensor
 
 import manylora
 from manylora.adapters.adapter import Adapter
+from manylora.adapters.bank import Bank
 from manylora.base.language import LanguageBase
 from manylora.base.load import load_base
 from manylora.config import load_config
@@ -240,3 +241,16 @@ def test_what_cannot_be_read_is_refused_by_name(init: str, base) -> None:
 def test_a_plan_says_what_it_leaves_out(init: str, tmp_path) -> None:
     found = planned(config_of(tmp_path, **{"adapter.init": init}))
     assert any(f"adapter.init {init} is not in the plan: it reads data" in note for note in found.notes)
+
+
+def test_a_member_that_comes_while_others_train_starts_as_alone(tmp_path) -> None:
+    """A bank then stands on the base, and every forward needs a route."""
+    config = config_of(tmp_path)
+    alone = Stock(config, use_cache=False).start(config)
+    stock = Stock(config, use_cache=False)
+    with Bank(stock.base, num_slots=2) as bank:
+        bank.put(Adapter.new(stock.base, AdapterSpec(rank=2)), slot=0)
+        late = stock.start(config)
+    assert alone.factors.keys() == late.factors.keys()
+    for name, own in alone.factors.items():
+        assert torch.equal(own.tensors["a"], late.factors[name].tensors["a"])

@@ -142,10 +142,11 @@ def test_no_prompts_give_no_generations(base):
 
 def test_only_the_last_position_meets_the_head(base, prompts):
     seen: list[tuple[int, ...]] = []
-    handle = base.head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[:2])))
+    # Where it is passed by it gives logits of no token.
+    handle = base.head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)) if out.numel() else 0)
     generate(base, prompts, slots=[-1] * len(prompts), max_new_tokens=3, stop_ids=())
     handle.remove()
-    assert seen == [(5, 1)] * 3
+    assert seen == [(5, base.vocabulary)] * 3
 
 
 SIZES = {"vocab_size": 261, "initializer_range": 0.3, "eos_token_id": 256, "bos_token_id": None, "pad_token_id": None}
@@ -209,3 +210,54 @@ def test_text_stands_where_training_put_it(base):
                 logits = base.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
             tokens.append(int(logits.argmax()))
         assert list(answer.tokens) == tokens[len(prompt) :]
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+OTHERWISE = {
+    "Mamba": {**SMALL, "state_size": 8},
+    "Mamba2": {**SMALL, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+    "Rwkv": {**SMALL, "attention_hidden_size": 32, "context_length": 64},
+    "FalconH1": {**SMALL, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+                 "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "Lfm2": {**SMALL, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "layer_types": ["conv", "full_attention"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERWISE)
+def test_models_that_remember_otherwise_than_by_keys_and_values_write_their_own_text(prompts, family):
+    """A cache of another name is silently not used, and recurrent states see the padding of a row."""
+    import transformers
+
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(**OTHERWISE[family], initializer_range=0.2)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    base = LanguageBase(model, tokenizer=Plain(), name=family).probed()
+    asked = [[token % 97 for token in prompt] for prompt in prompts[:3]]
+    found = generate(base, asked, slots=[-1] * len(asked), max_new_tokens=6, stop_ids=())
+    assert [list(one.tokens) for one in found] == [by_hand(base, prompt, 6) for prompt in asked]
+
+
+def test_a_cache_has_room_for_all_that_comes_and_is_written_in_place(base):
+    from manylora.generation.decode import CachedStep
+
+    step = CachedStep(base, [[5, 6, 7], [8, 9]])
+    step.expect(9)
+    places, chosen = set(), None
+    with torch.no_grad():
+        for _ in range(9):
+            chosen = step(chosen).argmax(1)
+            places.add(tuple(layer.keys.data_ptr() for layer in step.cache.layers))
+        assert len(places) == 1
+        step.keep(torch.tensor([1]))
+        assert step.cache.layers[0].keys.shape[:3] == (1, step.cache.layers[0].keys.shape[1], 11)
+
+
+def test_no_map_of_the_head_is_a_batched_product(base, prompts):
+    """Rows of a slice of three dimensions would each have their own copy of the head's weight."""
+    size = tuple(base.head.weight.shape)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        generate(base, prompts, slots=[-1] * len(prompts), max_new_tokens=3, stop_ids=())
+    products = [event for event in profile.events() if event.name == "aten::bmm"]
+    shapes = [tuple(shape[-2:]) for event in products for shape in event.input_shapes if len(shape) == 3]
+    assert not {size, size[::-1]} & set(shapes)

@@ -366,10 +366,10 @@ class Bank:
     def together(self, site: Site, x: Tensor, method: Method, uses: list[Use]) -> Tensor | None:
         """A site's output, computed along with those of the sites that read x after it; None where none does.
 
-        Only in training: what is computed ahead is held until its site is called, or another route or adapter comes.
+        What is computed ahead is held until its site is called, or another route or adapter comes.
         """
         names = self.base.reads_along.get(site.name)
-        if not names or not torch.is_grad_enabled() or x.is_inference():
+        if not names or x.is_inference():
             return None
         sites = [(site, uses)]
         for name in names:

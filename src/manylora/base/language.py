@@ -149,8 +149,11 @@ class LanguageBase(TransformersBase):
             return _widen(hidden)
         return self._post(_widen(self._raw_logits(self.head, hidden)))
 
-    def states(self, found: Findings, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Hidden states before the head; the model's own logits where no map after its head is known."""
+    def states(self, found: Findings, inputs: Mapping[str, Any]) -> Tensor:
+        """Hidden states before the head; the model's own logits where no map after its head is known.
+
+        `inputs` may bring a cache (`past_key_values`, `use_cache`).
+        """
         if found.post_head is None:
             logits: Tensor = self.model(**self._given(found.rules, inputs)).logits
             return logits
@@ -163,7 +166,7 @@ class LanguageBase(TransformersBase):
         weight = head.get_parameter("weight")
         return head(hidden.to(weight.dtype) if weight.is_floating_point() else hidden)
 
-    def _states_of_model(self, rules: RowRules, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _states_of_model(self, rules: RowRules, inputs: Mapping[str, Any]) -> Tensor:
         """What the backbone gives while the whole model runs, so that all runs that hooks of the model bring.
 
         Its head is passed by, and gives logits of no token, so that what the model does after it costs nothing.
@@ -178,14 +181,12 @@ class LanguageBase(TransformersBase):
         (hidden,) = seen
         return hidden
 
-    def _states_of_backbone(self, rules: RowRules, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _states_of_backbone(self, rules: RowRules, inputs: Mapping[str, Any]) -> Tensor:
         hidden: Tensor = self.backbone(**self._given(rules, inputs, self._backbone_takes))[0]
         return hidden
 
-    def _given(
-        self, rules: RowRules, inputs: Mapping[str, Tensor], takes: frozenset[str] | None = None
-    ) -> dict[str, Any]:
-        return self.given(rules, {**inputs, "use_cache": False}, takes)
+    def _given(self, rules: RowRules, inputs: Mapping[str, Any], takes: frozenset[str] | None = None) -> dict[str, Any]:
+        return self.given(rules, {"use_cache": False, **inputs}, takes)
 
     def _example(self, rows: int) -> Mapping[str, Tensor]:
         positions = torch.arange(8, device=self.device).expand(rows, 8)

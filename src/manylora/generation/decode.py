@@ -1,26 +1,29 @@
-"""Decoding: prompts of any length and any slots in one batch, with a key-value cache.
+"""Decoding: prompts of any length and any slots in one batch, with a key-value cache where that is shown to be right.
 
-Prompts are padded on the left, so that the last position of every row is its last token, and each row keeps its own
-positions; a row that has ended leaves the batch, its cache and its place in the route with it.
+Rows that have ended leave the batch, their cache and their place in the route with them, once there are enough.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from manylora.adapters.route import route_rows
+from manylora.base.fast.attention import FAR
 from manylora.errors import ConfigError, DataError, RouteError
 from manylora.generation.sampling import Sampling, row_generators
 from manylora.generation.stream import decode_text
 
 if TYPE_CHECKING:
     from manylora.base.language import LanguageBase
+
+MOST_GOING = 0.875
+"""The share of rows that go on above which those that have ended stay: to leave them out copies the cache."""
 
 OnToken = Callable[[int, int], object]
 
@@ -137,57 +140,166 @@ def _decode(
     base: LanguageBase, rows: list[_Row], sampling: Sampling, stops: frozenset[int], on_token: OnToken | None
 ) -> None:
     """Fill the rows' `tokens` and `finished`."""
-    step = _Step(base)
-    tokens, mask, positions = _left_pad([row.prompt for row in rows], base.pad_id, base.device)
-    while rows:
+    step = (CachedStep if decodes_by_cache(base) else _WholeStep)(base, [row.prompt for row in rows])
+    step.expect(max(row.budget for row in rows))
+    chosen: Tensor | None = None
+    while True:
         with route_rows(base, [row.slot for row in rows]):
-            logits = step(tokens, mask, positions)
+            logits = step(chosen)
         chosen = sampling.choose(logits, [row.generator for row in rows])
-        kept = [place for place, token in enumerate(chosen.tolist()) if _take(rows[place], token, stops, on_token)]
-        tokens, mask, positions = chosen[:, None], _one_more(mask), positions[:, -1:] + 1
-        if len(kept) < len(rows):
-            rows = [rows[place] for place in kept]
-            index = torch.tensor(kept, dtype=torch.long, device=base.device)
-            tokens, mask, positions = tokens[index], mask[index], positions[index]
-            if rows:
-                step.cache.batch_select_indices(index)
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if row.finished is None:
+                _take(row, token, stops, on_token)
+        going = [place for place, row in enumerate(rows) if row.finished is None]
+        if not going:
+            return
+        if len(going) <= MOST_GOING * len(rows):
+            rows = [rows[place] for place in going]
+            index = torch.tensor(going, dtype=torch.long, device=base.device)
+            chosen = chosen[index]
+            step.keep(index)
 
 
-def _take(row: _Row, token: int, stops: frozenset[int], on_token: OnToken | None) -> bool:
-    """Whether the row goes on after this token."""
+def _take(row: _Row, token: int, stops: frozenset[int], on_token: OnToken | None) -> None:
+    """Give a row its next token, or its end."""
     if token in stops:
         row.finished = "stop"
-        return False
+        return
     row.tokens.append(token)
     if on_token is not None:
         on_token(row.index, token)
     if len(row.tokens) == row.budget:
         row.finished = "length"
-    return row.finished is None
 
 
-class _Step:
-    """One forward of the base's model on what its cache does not hold yet: logits (rows, V) of the last position."""
+class CachedStep:
+    """Logits (rows, V) after the last token of each row; a forward computes what its cache does not hold yet.
 
-    def __init__(self, base: LanguageBase):
-        from transformers import DynamicCache
+    Prompts are padded on the left, so that the last position of every row is its last token, and each row keeps its own
+    positions.
+    """
 
-        self.model: Any = base.model
-        self.cache = DynamicCache(config=self.model.config)
-        # Asked of the class: a bank may have put a forward of its own on the module.
-        taken = inspect.signature(type(base.model).forward).parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-        self.takes_positions = "position_ids" in taken
-        # Rows stand where training put them: some models count their positions from another number than 0.
-        self.first_position = base.rules.first_position or 0
+    def __init__(self, base: LanguageBase, prompts: Sequence[Sequence[int]]):
+        self.base = base
+        self.tokens, mask, self.positions = _left_pad(prompts, base.pad_id, base.device)
+        # Where no row is padded there is nothing to be told, and a mask costs more than it looks.
+        self.mask = None if bool(mask.all()) else mask
+        self.cache: Any = None
+        self.expect(1)
 
-    def __call__(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        own = {"position_ids": positions + self.first_position} if self.takes_positions else {}
-        outputs = self.model(
-            input_ids=tokens, attention_mask=mask, past_key_values=self.cache, use_cache=True, **own, **self.last_only
-        )
-        logits: Tensor = outputs.logits[:, -1]
-        return logits
+    def expect(self, new_tokens: int) -> None:
+        """How many tokens are to come at most."""
+        from manylora.generation.cache import roomy_cache
+
+        self.cache = roomy_cache(self.base.config, self.tokens.shape[1] + new_tokens)
+
+    def __call__(self, chosen: Tensor | None) -> Tensor:
+        """`chosen` (rows,) are the tokens that come next; None: the prompts are computed."""
+        if chosen is not None:
+            last = self.positions[:, -1:] + 1
+            most = self.base.max_positions
+            # A row that has ended may stay in the batch for a while.
+            self.positions = last if most is None else last.clamp(max=most - 1)
+            self.tokens = chosen[:, None]
+            self.mask = None if self.mask is None else _one_more(self.mask)
+        given = {"input_ids": self.tokens, "position_ids": self.positions, "past_key_values": self.cache}
+        if self.mask is not None:
+            given["attention_mask"] = self.mask
+        return last_logits(self.base, {**given, "use_cache": True})
+
+    def skip(self, count: int) -> None:
+        """Go on as if so many tokens more had been computed, where there is room: for whoever asks what that takes."""
+        for layer in self.cache.layers:
+            if hasattr(layer, "skip") and count > 0:
+                layer.skip(count)
+        self.positions = self.positions + max(count, 0)
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), max(count, 0))], dim=1)
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with these rows."""
+        self.positions = self.positions[index]
+        self.mask = None if self.mask is None else self.mask[index]
+        self.cache.batch_select_indices(index)
+
+
+class _WholeStep:
+    """The same without a cache: every forward computes whole rows, padded where no token that counts can see it."""
+
+    def __init__(self, base: LanguageBase, prompts: Sequence[Sequence[int]]):
+        self.base = base
+        self.rows = [list(prompt) for prompt in prompts]
+
+    def expect(self, new_tokens: int) -> None:
+        """Nothing is held."""
+
+    def __call__(self, chosen: Tensor | None) -> Tensor:
+        if chosen is not None:
+            for row, token in zip(self.rows, chosen.tolist(), strict=True):
+                row.append(token)
+        width = max(map(len, self.rows))
+        tokens = torch.full((len(self.rows), width), self.base.pad_id)
+        for place, row in enumerate(self.rows):
+            tokens[place, : len(row)] = torch.tensor(row)
+        device = self.base.device
+        last = torch.tensor([len(row) - 1 for row in self.rows], device=device)
+        positions = torch.arange(width, device=device).expand(len(self.rows), width)
+        return last_logits(self.base, {"input_ids": tokens.to(device), "position_ids": positions}, last)
+
+    def keep(self, index: Tensor) -> None:
+        self.rows = [self.rows[place] for place in index.tolist()]
+
+
+def last_logits(base: LanguageBase, inputs: Mapping[str, Any], last: Tensor | None = None) -> Tensor:
+    """Logits (rows, V) of one position of each row: `last` (rows,), None: the last one.
+
+    Only these meet the head, as a matrix of their own: torch copies the head's weight once a row for a slice of three
+    dimensions.
+    """
+    states = base.states(base.found, inputs)
+    chosen = states[:, -1] if last is None else states[torch.arange(len(last), device=last.device), last]
+    return base.logits(chosen.contiguous())
+
+
+_by_cache: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def decodes_by_cache(base: LanguageBase) -> bool:
+    """Whether a token on top of a cache is what it is in the whole row; tried once for a base, with rows padded too.
+
+    Models that remember otherwise than by keys and values may take such a cache and not use it, or not all of it.
+    """
+    known = _by_cache.get(base)
+    if known is None:
+        known = _by_cache[base] = _tries_cache(base)
+        if not known:
+            base.notes.append("text is computed row by row anew for each token: a cache gives other text, or none")
+    return known
+
+
+def _tries_cache(base: LanguageBase) -> bool:
+    from manylora.base.probes import REFUSALS
+
+    rows = base._draw(2, 12).tolist()
+    prompts = [rows[0][:9], rows[1][:5]]
+    following = [row[len(prompt) :][:3] for row, prompt in zip(rows, prompts, strict=True)]
+    try:
+        with route_rows(base, [-1, -1]):
+            cached, whole = CachedStep(base, prompts), _WholeStep(base, prompts)
+            cached.expect(len(following[0]))
+            chosen: Tensor | None = None
+            for number in range(len(following[0]) + 1):
+                found, wanted = (step(chosen).double() for step in (cached, whole))
+                off = torch.linalg.vector_norm(found - wanted, dim=1) / torch.linalg.vector_norm(wanted, dim=1)
+                if not bool((off <= FAR.get(base.dtype, FAR[torch.bfloat16])).all()):
+                    return False
+                if number < len(following[0]):
+                    chosen = torch.tensor([row[number] for row in following], device=base.device)
+    except REFUSALS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+    return True
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -117,23 +118,9 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: _Call, *factors: Tensor) -> tuple[Tensor, ...]:
-        flat = x.reshape(-1, x.shape[-1])
-        if call.with_base:
-            made = tuple(site.map(x, *call.extra[0], **call.extra[1]) for site, _ in call.sites)
-        else:
-            made = tuple(x.new_zeros(*x.shape[:-1], site.out_in[0]) for site, _ in call.sites)
-        outputs = [y.view(flat.shape[0], -1) for y in made]
-        middles: list[Tensor] = []
-        casts: list[Tensor] = []
-        for joint in _joints(call.sites, factors):
-            cast = _cast(joint, x.dtype)
-            casts += cast
-            for block, a, bs in _by_block(joint, cast):
-                part, _ = _dropped(block, joint.parts[0].stack, flat)
-                middle = _scaled(torch.bmm(part, a.transpose(1, 2)), block, joint.parts)
-                for own, b in zip(joint.parts, bs, strict=True):
-                    block.add_product(outputs[own.output], middle[..., own.columns], b.transpose(1, 2))
-                middles.append(middle)
+        joints = [(joint, _cast(joint, x.dtype)) for joint in _joints(call.sites, factors)]
+        made, flat, middles = _outputs(x, call, joints)
+        casts = [tensor for _, cast in joints for tensor in cast]
         ctx.call, ctx.shape = call, x.shape
         kept = casts if factors[0].element_size() > x.element_size() else []
         ctx.num_factors, ctx.num_casts = len(factors), len(kept)
@@ -176,6 +163,60 @@ class _LowRank(torch.autograd.Function):
                 grads[own.first + 1] = _stacked(own.held[1], joint.blocks.blocks, of_b)
                 reached += own.rank
         return (None if grad_x is None else grad_x.view(ctx.shape), None, *grads)
+
+
+def _outputs(
+    x: Tensor, call: _Call, joints: Sequence[tuple[_Joint, list[Tensor]]]
+) -> tuple[tuple[Tensor, ...], Tensor, list[Tensor]]:
+    """The outputs of a call, its input as items (n, I), and what is rank-wide for each block of each joint."""
+    flat = x.reshape(-1, x.shape[-1])
+    if call.with_base:
+        made = tuple(site.map(x, *call.extra[0], **call.extra[1]) for site, _ in call.sites)
+    else:
+        made = tuple(x.new_zeros(*x.shape[:-1], site.out_in[0]) for site, _ in call.sites)
+    outputs = [y.view(flat.shape[0], -1) for y in made]
+    middles: list[Tensor] = []
+    for joint, cast in joints:
+        for block, a, bs in _by_block(joint, cast):
+            part, _ = _dropped(block, joint.parts[0].stack, flat)
+            middle = _scaled(torch.bmm(part, a.transpose(1, 2)), block, joint.parts)
+            for own, b in zip(joint.parts, bs, strict=True):
+                block.add_product(outputs[own.output], middle[..., own.columns], b.transpose(1, 2))
+            middles.append(middle)
+    return made, flat, middles
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """Joints with their factors as they are used, of these uses and of tensors as they were then."""
+
+    uses: Sequence[Use]
+    dtype: torch.dtype
+    versions: tuple[tuple[int, int], ...]
+    joints: Sequence[tuple[_Joint, list[Tensor]]]
+
+
+_prepared_of: WeakKeyDictionary[Stack, _Prepared] = WeakKeyDictionary()
+"""What was prepared last, by the first stack of a call: decoding asks for the same at every token."""
+
+
+def _prepared(call: _Call, dtype: torch.dtype) -> Sequence[tuple[_Joint, list[Tensor]]]:
+    """The joints of a call that wants no gradient, and their factors as they are used, cast once for every change."""
+    uses = [use for _, own in call.sites for use in own]
+    factors = [tensor for use in uses for tensor in _held(use)]
+    if any(tensor.is_inference() for tensor in factors):
+        return [(joint, _cast(joint, dtype)) for joint in _joints(call.sites, factors)]
+    versions = tuple((id(tensor), tensor._version) for tensor in factors)
+    found = _prepared_of.get(uses[0].stack)
+    if (
+        found is None
+        or found.dtype != dtype
+        or found.versions != versions
+        or [id(use) for use in found.uses] != [id(use) for use in uses]
+    ):
+        joints = [(joint, _cast(joint, dtype)) for joint in _joints(call.sites, factors)]
+        found = _prepared_of[uses[0].stack] = _Prepared(uses, dtype, versions, joints)
+    return found.joints
 
 
 def _through_base(call: _Call, above: Sequence[Tensor]) -> Tensor:
@@ -324,6 +365,8 @@ def low_rank_together(x: Tensor, sites: Together) -> tuple[Tensor, ...]:
 
 
 def _applied(x: Tensor, call: _Call) -> tuple[Tensor, ...]:
+    if not torch.is_grad_enabled():
+        return _outputs(x, call, _prepared(call, x.dtype))[0]
     factors = [tensor for _, uses in call.sites for use in uses for tensor in _held(use)]
     result: tuple[Tensor, ...] = _LowRank.apply(x, call, *factors)
     return result

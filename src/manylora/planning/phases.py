@@ -17,7 +17,7 @@ from manylora.data.collate import batch_of
 from manylora.data.packing import row_width
 from manylora.data.store import lengths_of
 from manylora.evaluation.evaluate import _inputs
-from manylora.generation.decode import _left_pad, _Step
+from manylora.generation.decode import CachedStep
 from manylora.memory.trace import Trace, Work
 from manylora.methods.inits import INITS
 from manylora.objectives.forward import Aim, SlotSums, forward_batch
@@ -227,24 +227,14 @@ def _generate(config: Config, base: LanguageBase, bank: Bank, examples: Sequence
     longest = sorted(inputs, key=len)[-GENERATED_ROWS:]
     if not longest:
         return
-    step = _Step(base)
-    tokens, mask, positions = _left_pad(longest, base.pad_id, torch.device("cpu"))
+    step = CachedStep(base, longest)
+    width = step.tokens.shape[1]
+    new = int(min(config.evaluate.max_new_tokens, (base.max_positions or math.inf) - width))
+    step.expect(new)
     with torch.no_grad(), bank.route([0] * len(longest)):
-        step(tokens, mask, positions)
-        new = min(config.evaluate.max_new_tokens, (base.max_positions or math.inf) - tokens.shape[1])
-        grown = int(tokens.shape[1] + new - 2)
-        _grow(step.cache, tokens.shape[1], grown)
-        step(tokens[:, :1], mask.new_ones(len(longest), grown + 1), positions[:, -1:] + int(new))
-
-
-def _grow(cache: Any, width: int, to: int) -> None:
-    """Give a cache the size that it has once it holds more positions."""
-    for layer in getattr(cache, "layers", ()):
-        for name in ("keys", "values"):
-            held = getattr(layer, name, None)
-            if isinstance(held, torch.Tensor) and held.dim() == 4 and held.shape[2] == width and to > width:
-                shape = (*held.shape[:2], to, held.shape[3])
-                setattr(layer, name, held.new_empty(shape))
+        step(None)
+        step.skip(new - 2)
+        step(step.tokens[:, -1])
 
 
 def _alive(trace: Trace, left_out: Sequence[str], at: int | None = None) -> dict[str, int]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from manylora.adapters.route import route_rows
 from manylora.data.collate import batch_of
 from manylora.errors import SpecError
+from manylora.forwards import Level, own_forward, standing_in
 from manylora.types import IGNORED, Batch
 
 if TYPE_CHECKING:
@@ -112,6 +115,9 @@ def _take_in(base: FrozenModel, batch: Batch, statistics: Mapping[str, InputStat
         return take
 
     with ExitStack() as stack:
+        stack.enter_context(route_rows(base, batch.slots))
+        for site in base.lacking:  # what they give is of no meaning here, and nobody's
+            stack.enter_context(standing_in(site.module, partial(own_forward, site.module), Level.HEAD))
         for name, statistic in statistics.items():
             stack.enter_context(_hooked(base.sites[name].module, taking(name, statistic)))
         base.outputs(batch)

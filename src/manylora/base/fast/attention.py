@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from manylora.ops.attention import attention
@@ -127,6 +128,8 @@ def _attend(
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """transformers' call of attention: (B, H, T, D) and (B, K, T, D) to (B, T, H, E), and no weights."""
+    if query.shape[2] == 1 and not dropout and _asked_beyond(extra) is None:
+        return _attend_last(query, key, value, attention_mask, scaling), None
     reason = _refusal(query, key, value, dropout, extra)
     layout: Layout | str | None = None
     if reason is None:
@@ -147,9 +150,33 @@ def _attend(
     return out, None
 
 
+def _asked_beyond(extra: dict[str, Any]) -> str | None:
+    """What is asked of attention that only the model's own code knows; None: nothing."""
+    return next((name for name in UNKNOWN if extra.get(name) not in (None, False)), None)
+
+
+def _attend_last(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Layout | None, scaling: float | None
+) -> Tensor:
+    """The last token of each row, which sees all that its mask lets it: (B, H, 1, D) to (B, 1, H, E).
+
+    The heads that share keys are the queries of one of them: keys and values are read where they lie.
+    """
+    if isinstance(mask, Layout):
+        mask = mask.mask(query.device)
+    rows, heads, _, width = query.shape
+    shared = key.shape[1]
+    if mask is not None and mask.shape[1] not in (1, shared):
+        mask = mask.view(len(mask), shared, heads // shared, mask.shape[-1])
+    made = functional.scaled_dot_product_attention(
+        query.view(rows, shared, heads // shared, width), key, value, attn_mask=mask, scale=scaling
+    )
+    return made.reshape(rows, 1, heads, value.shape[-1])
+
+
 def _refusal(query: Tensor, key: Tensor, value: Tensor, dropout: float, extra: dict[str, Any]) -> str | None:
     """Why torch's own attention must do this call; None where this one can."""
-    asked = next((name for name in UNKNOWN if extra.get(name) not in (None, False)), None)
+    asked = _asked_beyond(extra)
     if asked is not None:
         return f"{asked} is asked for"
     if dropout:
