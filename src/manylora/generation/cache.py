@@ -41,6 +41,7 @@ class RoomyLayer(DynamicLayer):
     def skip(self, count: int) -> None:
         """Hold so many tokens more, of no meaning."""
         self._length += count
+        self._shown()
 
     def _shown(self) -> tuple[Tensor, Tensor]:
         self.keys, self.values = (one[:, :, : self._length] for one in self._held)

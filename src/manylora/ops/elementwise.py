@@ -21,6 +21,9 @@ ELEMENTS_IN_CACHE = 1 << 19
 """Elements that are turned at one time: the second and third pass find them in the cache, which takes half off where
 all are some MB; of fewer the joins of threads show. Measured: bench/elementwise.py."""
 
+FEW = 1 << 15
+"""Elements below which calls cost more than passes over memory: a token, or a few, while text is written."""
+
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -49,7 +52,7 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """What `rotate_reference` gives, fast, where neither cosines nor sines want a gradient."""
-    if not usable(x, cos, sin) or cos.requires_grad or sin.requires_grad:
+    if few(x) or not usable(x, cos, sin) or cos.requires_grad or sin.requires_grad:
         return rotate_reference(x, cos, sin)
     result: Tensor = _Rotate.apply(x, cos, sin)
     return result
@@ -119,7 +122,7 @@ def gated_reference(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """What `gated_reference` gives; keeps its two factors, and computes the activation again in backward."""
-    if not usable(gate, up) or gate.shape != up.shape:
+    if few(gate) or not usable(gate, up) or gate.shape != up.shape:
         return gated_reference(gate, up, activation)
     result: Tensor = _Gated.apply(gate, up, activation)
     return result
@@ -127,7 +130,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 
 def gated_halves(both: Tensor, activation: Activation, *, gate_first: bool = True) -> Tensor:
     """`gated` of the halves of (..., 2H), whose gradient comes in one piece."""
-    if not usable(both):
+    if few(both) or not usable(both):
         return gated_reference(*_halves(both, gate_first), activation)
     result: Tensor = _GatedHalves.apply(both, activation, gate_first)
     return result
@@ -204,6 +207,11 @@ def usable(*tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
     )
+
+
+def few(x: Tensor) -> bool:
+    """Whether so little is asked for, and no gradient, that the plain form is done before a kernel's call is set up."""
+    return x.numel() <= FEW and not torch.is_grad_enabled()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

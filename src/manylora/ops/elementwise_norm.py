@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manylora.ops.elementwise import memory_order, usable, wide_dtype
+from manylora.ops.elementwise import few, memory_order, usable, wide_dtype
 
 ELEMENTS_AT_ONCE = 1 << 20
 """Elements that are widened at one time where a result is rounded once. Measured: smaller blocks cost joins of
@@ -46,7 +46,7 @@ def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, *, add_one: bool = False, round_once: bool = False
 ) -> Tensor:
     """What `rms_norm_reference` gives, fast; the result lies in memory as x does."""
-    if not usable(x):
+    if few(x) or not usable(x):
         return rms_norm_reference(x, weight, eps, add_one=add_one, round_once=round_once)
     once = (add_one or round_once) and weight is not None and x.dtype != wide_dtype(x)
     result: Tensor = _RmsNorm.apply(x, weight, eps, add_one, once)

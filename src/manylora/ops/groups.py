@@ -62,8 +62,11 @@ class Block:
         return taken
 
     def add_product(self, flat: Tensor, left: Tensor, right: Tensor, mask: Tensor | None = None) -> None:
-        """Add left (G, length, R) @ right (G, R, C), times a mask, to the items (n, C) in place."""
-        if self.apart is not None and mask is None:
+        """Add left (G, length, R) @ right (G, R, C), times a mask, to the items (n, C) in place.
+
+        The items may be of another dtype, to which the product is then rounded.
+        """
+        if self.apart is not None and mask is None and left.dtype == flat.dtype:
             self.take(flat).baddbmm_(left, right)
             return
         product = torch.bmm(left, right)
@@ -76,7 +79,7 @@ class Block:
         if self.padded:
             real = _padding(self.starts, self.stops, self.length, flat.device).view(-1).logical_not()
             items, product = items[real], product[real]
-        flat.index_add_(0, items, product)
+        flat.index_add_(0, items, product.to(flat.dtype))
 
 
 @dataclass(frozen=True, slots=True)

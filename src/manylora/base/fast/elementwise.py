@@ -56,8 +56,8 @@ def use_elementwise(model: nn.Module, run: Callable[[], Tensor]) -> str:
         kinds.setdefault(each.form.kind, []).append(each)
     refused: dict[str, str] = {}
     if kinds:
-        with torch.no_grad():
-            before = run()
+        with torch.enable_grad():  # of so few tokens, and without gradients, the ops would take their plain forms
+            before = run().detach()
             if _tried([each for group in kinds.values() for each in group], run, before, dtype) is not None:
                 refused = {kind: why for kind, group in kinds.items() if (why := _tried(group, run, before, dtype))}
     for kind, group in kinds.items():
@@ -90,7 +90,7 @@ def _tried(chosen: list[_Found], run: Callable[[], Tensor], before: Tensor, dtyp
         each.form.taken = 0
         each.switch()
     try:
-        after = run()
+        after = run().detach()
         if (after - before).norm() <= FAR.get(dtype, 0.0) * before.norm():
             return None
         why = "gives other states"
