@@ -129,7 +129,8 @@ def test_every_start_works_on_dense_and_packed_bases_or_is_refused_by_name(
         return
     adapter = new_adapter(base, spec)
     inputs = base.example(2)
-    bare = base.model(**inputs).logits
+    with torch.no_grad():
+        bare = base.model(**inputs).logits
 
     def logits(one: Adapter) -> torch.Tensor:
         with Bank(base) as bank, torch.no_grad():

@@ -21,7 +21,7 @@ from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
 from manylora.base.frozen import FrozenModel
 from manylora.base.packing.linear import pack_module, put_module
-from manylora.errors import AdapterBroken, BaseMismatch, BaseNotFound, SpecError
+from manylora.errors import AdapterBroken, BaseMismatch, BaseNotFound, SiteNotFound, SpecError
 from manylora.methods import METHODS
 from manylora.methods.inits import INITS
 from manylora.methods.inits.loftq import LoftqPacking, loftq_pack
@@ -520,3 +520,13 @@ def test_the_original_of_a_packed_folder_is_found_and_another_base_is_refused(tm
     shutil.rmtree(original)
     with pytest.raises(BaseNotFound, match="which is not there"):
         Adapter.new(base, spec)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_adapted_site_is_refused_with_near_names(key: str, make_base) -> None:
+    base = make_base()
+    with pytest.raises(SiteNotFound, match=rf"{key}: 'q_porj' matches none of the \d+ low-rank sites") as caught:
+        Adapter.new(base, AdapterSpec(rank=2, **{key: {"q_porj": 8}}))
+    assert "q_proj" in str(caught.value)
+    with pytest.raises(SiteNotFound, match=f"{key}: 'v_proj' matches none of the"):
+        Adapter.new(base, AdapterSpec(rank=2, sites=("q_proj",), **{key: {"v_proj": 8}}))

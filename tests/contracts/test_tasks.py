@@ -22,10 +22,12 @@ from manylora.adapters.adapter import Adapter
 from manylora.config import load_config
 from manylora.data.formats import FORMATS
 from manylora.data.formats.format import Kind
+from manylora.errors import ConfigError
 from manylora.evaluation.sample import Sample
 from manylora.objectives import OBJECTIVES
 from manylora.tasks import TASKS
 from manylora.tasks.text import TextTask
+from manylora.training.prepare import Stock
 
 OWN = "measure_task:MEASURE"
 NAMES = [*TASKS, OWN]
@@ -110,3 +112,18 @@ def test_a_recipe_runs_from_the_data_to_an_adapter_that_says_its_task(name: str,
         base = task.open(read, {})
         assert set(adapter.factors) <= set(base.sites)
     assert MEASURE is TASKS.get(OWN)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if isinstance(TASKS.get(name), TextTask)])
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_a_format_set_by_hand_is_one_that_the_task_learns_from(name: str, format: str, tmp_path: Path) -> None:  # noqa: A002
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d", "label": "e", "text": "f"}) + "\n"
+    )
+    config = {"base": "builtin:tiny-en", "task": name, "output": str(tmp_path / "run"), "dtype": "float32",
+              "data": {"train": str(tmp_path / "rows.jsonl"), "format": format}}  # fmt: skip
+    kinds = TASKS.get(name).kinds
+    if FORMATS.get(format).kind in kinds:
+        return
+    with pytest.raises(ConfigError, match=f"data.format is '{format}', whose rows are of the kind"):
+        Stock(load_config(config), use_cache=False)

@@ -116,7 +116,7 @@ def test_rows_of_another_kind_are_named_with_the_task_that_learns_from_them():
     assert caught.value.what == (
         "rows.jsonl:1: the rows are `preference` rows (chosen, rejected), and this task learns from sequence rows"
     )
-    assert caught.value.next_step.startswith("choose a task that learns from preference rows")
+    assert caught.value.next_step.startswith("name the columns to learn in data.columns")
     assert "text: text" in caught.value.allowed
     assert "preference" not in caught.value.allowed
     with pytest.raises(DataError, match=r"`unpaired` rows \(messages, label\), and .* label or tags rows"):

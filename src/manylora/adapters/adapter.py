@@ -12,7 +12,7 @@ import torch
 
 from manylora.adapters.peft.config import task_type_of
 from manylora.base.original import Originals
-from manylora.base.sites import match_sites
+from manylora.base.sites import check_patterns, match_sites
 from manylora.errors import SpecError
 from manylora.gathering import gathered
 from manylora.methods import METHODS, WHOLE_COPY
@@ -208,6 +208,9 @@ def _resolve(base: FrozenModel, spec: AdapterSpec) -> tuple[list[Site], dict[str
             next_step="pack the base (quantize: nf4), or choose another adapter.init",
         )
     _refuse_unreadable(picked, spec)
+    for key, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        if picked:
+            check_patterns(key, patterns, [site.name for site in picked])
     capped, resolved = _cap(picked, spec)
     return picked, full, capped, resolved
 

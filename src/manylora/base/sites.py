@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from manylora.base.kinds import KINDS
 from manylora.base.packing.linear import PackedLinear
 from manylora.errors import SiteNotFound, nearest_names
+from manylora.spec import match_pattern
 from manylora.types import Site, SiteKind, dense_parameters
 
 GROUPS = ("all-linear", "everything")
@@ -135,6 +136,24 @@ def _described(module: nn.Module) -> str:
     """A module as torch prints it, where that is a line: what sets it apart may be one of its settings."""
     whole = repr(module)
     return f"a {type(module).__name__}" if "\n" in whole else f"a {whole}"
+
+
+def check_patterns(key: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Pass where each pattern of a setting matches one of these sites, by the rule of `spec.match_pattern`.
+
+    Raises:
+        SiteNotFound: one matches none, with near names.
+    """
+    for pattern in patterns:
+        if not any(match_pattern({pattern: True}, name) for name in names):
+            parts = [name.split(".") for name in names]
+            endings = dict.fromkeys(".".join(part[-count:]) for count in (1, 2) for part in parts)
+            raise SiteNotFound(
+                f"{key}: {pattern!r} matches none of the {len(names)} low-rank sites",
+                nearest=nearest_names(pattern, [*endings, *names]),
+                allowed="the end of a site's name, or a regular expression for it",
+                next_step="list them: manylora inspect BASE --sites",
+            )
 
 
 def _nothing_matches(sites: dict[str, Site], pattern: str) -> SiteNotFound:

@@ -113,6 +113,13 @@ def encode(
         name = detect(first, kinds=reading.kinds or None, strict=reading.on_bad_row == "error")
     else:
         name = FORMATS.check(reading.format)
+        if reading.kinds and FORMATS.get(name).kind not in reading.kinds:
+            raise ConfigError(
+                f"data.format is {name!r}, whose rows are of the kind {FORMATS.get(name).kind!r}, and this task learns "
+                f"from {' or '.join(reading.kinds)} rows",
+                allowed=", ".join(other for other in FORMATS if FORMATS.get(other).kind in reading.kinds),
+                next_step="leave data.format out to have it found, or name the columns to learn in data.columns",
+            )
     learns_end = FORMATS.get(name).kind not in ("label", "tags")
     rules = TokenRules.of(tokenizer, eos_id, turns=reading.turns, learns_end=learns_end)
     keep = None

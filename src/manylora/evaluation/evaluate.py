@@ -107,7 +107,7 @@ def evaluate_text(
     temperature: float = 0.0,
     seed: int = 0,
     max_inputs: int | None = None,
-    batch_rows: int = 64,
+    batch_rows: int = 128,
 ) -> tuple[Metrics, list[Sample]]:
     """The task's scores of one slot's answers, and the answers, in the order in which their inputs first come.
 

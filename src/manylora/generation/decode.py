@@ -66,7 +66,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     stop_ids: Sequence[int] | None = None,
     on_token: OnToken | None = None,
-    batch_rows: int = 64,
+    batch_rows: int = 128,
 ) -> list[Generation]:
     """One generation a prompt, in the prompts' order; prompt r is answered by slot `slots[r]` (-1: the bare base).
 

@@ -68,8 +68,7 @@ class Sampling:
 
     def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """(rows, V) to (rows,): the next token of each row. Greedy choice leaves the generators as they are."""
-        scores = self.log_probabilities(logits)
-        return scores.argmax(dim=-1) if self.greedy else draw(scores, generators)
+        return logits.argmax(dim=-1) if self.greedy else draw(self.log_probabilities(logits), generators)
 
 
 def row_generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -37,7 +37,7 @@ COPIES = "copies"
 """The category of factors and states beside those in the bank: fresh, best, to be written. They lie in main memory."""
 MOST_BATCHES = 4
 """Micro-batches of a step that are followed; the work of the others is counted by their tokens."""
-GENERATED_ROWS = 64
+GENERATED_ROWS = 128
 """Prompts that are answered at once. Source: evaluate_text's own."""
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from manylora.base.frozen import FrozenModel
     from manylora.config import Config
 
+GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+"""git, which runs nothing that the folder's own settings name: one may stand in a folder that one has not made."""
 PACKAGES = ("manylora", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
@@ -84,6 +87,30 @@ class RunFolder:
         recover(self.path)
         write_text_atomic(self.path / "config.yaml", config.to_yaml())
 
+    def check_ground(self, base: FrozenModel, data: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Pass where a run stands on what it was begun on, or was begun before there was a manifest.
+
+        `data` is what `write_manifest` is given.
+
+        Raises:
+            CheckpointBroken: its base, tokenizer, chat template or data are others now; nothing has been written.
+        """
+        path = self.path / "manifest.json"
+        if not path.is_file():
+            return
+        held = json.loads(path.read_text(encoding="utf-8"))
+        before, now = _ground(held["base"], held["data"]), _ground(_about(base), data)
+        changed = [
+            f"{what} was {before.get(what, 'not there')} and is {now.get(what, 'not there')}"
+            for what in dict.fromkeys([*before, *now])
+            if before.get(what) != now.get(what)
+        ]
+        if changed:
+            raise CheckpointBroken(
+                f"{self.path} was begun on something else: {'; '.join(changed[:4])}",
+                next_step="put back what it was begun on, or begin a new run with --set output=DIR",
+            )
+
     def write_manifest(self, base: FrozenModel, data: dict[str, Any]) -> None:
         """What the run stood on: versions, machine, base, data, and the state of the code if it is under git."""
         manifest = {
@@ -95,12 +122,7 @@ class RunFolder:
                 "device": str(base.device),
                 "dtype": str(base.dtype).removeprefix("torch."),
             },
-            "base": {
-                "name": base.name,
-                "fingerprint": base.fingerprint,
-                "tokenizer": tokenizer_digest(base.tokenizer),
-                "chat_template": template_digest(base.tokenizer),
-            },
+            "base": {"name": base.name, **_about(base)},
             "data": data,
             "git": _git(),
             "command": sys.argv,
@@ -118,6 +140,24 @@ class RunFolder:
 
     def adapter(self, member: str) -> Path:
         return self.path / "adapters" / member
+
+
+def _about(base: FrozenModel) -> dict[str, Any]:
+    return {
+        "fingerprint": base.fingerprint,
+        "tokenizer": tokenizer_digest(base.tokenizer),
+        "chat_template": template_digest(base.tokenizer),
+    }
+
+
+def _ground(base: Mapping[str, Any], data: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What decides what is trained, by words for it; what has no digest is told apart by nothing."""
+    of_base = {"the base": "fingerprint", "the tokenizer": "tokenizer", "the chat template": "chat_template"}
+    found = {words: base.get(key) for words, key in of_base.items()}
+    for side, parts in data.items():
+        for number, part in enumerate(parts, start=1):
+            found[f"{side} data {number}"] = part.get("content")
+    return {words: value for words, value in found.items() if value is not None}
 
 
 def _as_now(held: Any, config: Config) -> Any:
@@ -153,8 +193,10 @@ def _processor() -> str:
 def _git() -> dict[str, Any] | None:
     """Commit of the folder the command was run in, and whether it had changes; None outside a repository."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+        commit, status = (
+            subprocess.run([*GIT, *asked], capture_output=True, text=True, timeout=5, check=True)
+            for asked in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "changed": bool(status.stdout.strip())}

@@ -71,6 +71,7 @@ def sweep(
         board.note(f"{folder.path} is finished")
         return Result(folder.path, finished)
     stock = Stock(trials.base, objects=objects, use_cache=use_cache)
+    folder.check_ground(stock.base, stock.facts)
     if not stock.data(trials.base).held_out:
         raise ConfigError(
             "a sweep compares its trials on held-out rows, and there are none",

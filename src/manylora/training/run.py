@@ -117,6 +117,7 @@ def train(
         console.note(f"{folder.path} is finished")
         return Result(folder.path, finished)
     stock = Stock(config, objects=objects, use_cache=use_cache)
+    folder.check_ground(stock.base, stock.facts)
     kept = Checkpoints(folder.checkpoints, config.checkpoint.keep).read() if resume else None
     progress = None if kept is None else (kept.running | kept.ended).get(MEMBER)
     made = stock.member(config, MEMBER, shape=None if progress is None else kept_spec(progress))

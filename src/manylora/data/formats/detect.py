@@ -97,7 +97,7 @@ def _another_kind(
         f"{rows[0].where}: {share} are `{name}` rows ({', '.join(columns)}), and this task learns from "
         f"{' or '.join(kinds)} rows",
         allowed=_takes(allowed),
-        next_step=f"choose a task that learns from {found.kind} rows, or name other columns in data.columns",
+        next_step="name the columns to learn in data.columns, or leave such rows out",
     )
 
 
