@@ -22,7 +22,7 @@ ELEMENTS_IN_CACHE = 1 << 19
 all are some MB; of fewer the joins of threads show. Measured: bench/elementwise.py."""
 
 FEW = 1 << 15
-"""Elements below which calls cost more than passes over memory: a token, or a few, while text is written."""
+"""Elements of the last tokens of rows below which calls cost more than passes over memory, while text is written."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -210,8 +210,8 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def few(x: Tensor) -> bool:
-    """Whether so little is asked for, and no gradient, that the plain form is done before a kernel's call is set up."""
-    return x.numel() <= FEW and not torch.is_grad_enabled()
+    """Whether it is one token a row, of few rows, and no gradient: the plain form then has fewer calls than a kernel."""
+    return x.dim() > 2 and x.shape[-2] == 1 and x.numel() <= FEW and not torch.is_grad_enabled()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
