@@ -169,7 +169,7 @@ def test_a_section_without_lines_has_its_defaults(tmp_path):
         ("quantise", "nf4", ["unknown key 'quantise'", "nearest: quantize", "--keys"]),
         ("quantize", "nf5", ["quantize", "nearest: nf4"]),
         ("base.folder", "x", ["'base.folder'", "nearest: base"]),
-        ("dtype", "bf16", ["dtype is 'bf16'", "nearest: bfloat16", "float32"]),
+        ("dtype", "float8", ["dtype is 'bf16'", "nearest: bfloat16", "float32"]),
         ("device", "gpu", ["device is 'gpu'", "cuda:1"]),
         ("adapter.method", "lroa", ["adapter.method", "'lroa'", "nearest: lora"]),
         ("adapter.init", "gausian", ["adapter.init", "nearest: gaussian"]),
@@ -392,3 +392,9 @@ def test_a_section_in_short_takes_further_keys(tmp_path):
     assert (stop.rule, stop.reduction) == ("asha", 4)
     with pytest.raises(ConfigError, match=r"unknown key 'base\.folder'"):
         load_config(path, ["base.folder=x"])
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("bf16", "bfloat16"), ("fp16", "float16"), ("torch.float32", "float32")])
+def test_a_dtype_is_understood_as_people_type_it(typed: str, meant: str) -> None:
+    config = load_config({"base": "b", "data": {"train": "x"}, "output": "y", "dtype": typed})
+    assert config.dtype == meant

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -156,3 +157,12 @@ def test_a_killed_process_leaves_either_the_old_folder_or_the_new_one(tmp_path, 
         recover(folder)
         assert names(folder) == ["step-1"]
         assert (folder / "step-1" / "a").read_text() in ("old", "new")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_files_of_a_folder_have_the_rights_that_new_files_have(tmp_path: Path) -> None:
+    with write_folder_atomic(tmp_path / "made") as new:
+        (new / "secret").touch(mode=0o600)
+        (new / "plain").touch()
+    rights = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "made").iterdir()}
+    assert rights["secret"] == rights["plain"]

@@ -14,6 +14,8 @@ import yaml
 
 from manylora.errors import ConfigError
 
+HELP = "see every key and its default: manylora train --keys"
+
 _FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
@@ -92,11 +94,9 @@ def parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(
-            f"{where}{place}: {error.problem or 'this is not YAML'}", next_step="compare with a file in recipes/"
-        ) from error
+        raise ConfigError(f"{where}{place}: {error.problem or 'this is not YAML'}", next_step=HELP) from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where} is not YAML: {error}", next_step="compare with a file in recipes/") from error
+        raise ConfigError(f"{where} is not YAML: {error}", next_step=HELP) from error
 
 
 def dump(values: dict[str, Any]) -> str:

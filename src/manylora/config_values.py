@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
+from manylora.settings import dtype_of_name
+
 # Where the names that a key accepts are kept: (module, table). Imported only when such a key is checked.
 TABLES = MappingProxyType(
     {
@@ -31,8 +33,8 @@ TABLES = MappingProxyType(
 
 
 def dtype_name(value: Any) -> Any:
-    """The name of a dtype of torch, as people pass it in Python; anything else as it is."""
-    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
+    """The name of a dtype of torch, as people pass it in Python or type it; anything else as it is."""
+    return dtype_of_name(str(value)) if type(value).__module__ == "torch" or isinstance(value, str) else value
 
 
 def table_of(kind: str) -> Any:

@@ -84,12 +84,22 @@ def write_folder_atomic(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
+        _share(partial)
         _sync_tree(partial)
         _swap_in(partial, path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise_if_full(error, path)
         raise
+
+
+def _share(folder: Path) -> None:
+    """Give all files the rights that the process gives to new ones: safetensors keeps its own to their owner."""
+    if os.name == "posix":
+        rights = folder.stat().st_mode & 0o666
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(rights)
 
 
 def file_digest(path: Path) -> str:

@@ -13,6 +13,15 @@ from typing import Any
 
 from manylora.errors import ConfigError
 
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+"""What people type for a dtype."""
+
+
+def dtype_of_name(name: str) -> str:
+    """A dtype's own name, of how people type it or torch prints it; another name as it is."""
+    name = name.removeprefix("torch.")
+    return SHORT_DTYPES.get(name, name)
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:

@@ -18,7 +18,7 @@ from manylora.adapters.bank import Bank
 from manylora.base.fast.elementwise import forms_of
 from manylora.base.language import LanguageBase
 from manylora.base.transformers_base import TransformersBase
-from manylora.errors import BaseMismatch, RouteError
+from manylora.errors import BaseBroken, BaseMismatch, RouteError
 from manylora.objectives.causal_lm import CAUSAL_LM
 from manylora.spec import AdapterSpec
 from manylora.types import Batch
@@ -170,3 +170,11 @@ def test_a_transformers_model_without_a_vocabulary_is_a_base_with_a_processor() 
             torch.testing.assert_close(base.outputs(batch).logits, own)
     bare = TransformersBase(ViTForImageClassification(config), processor=processor).probed()
     assert "no example inputs" in bare.notes[0]
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = model_on("cpu")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = float("nan")
+    with pytest.raises(BaseBroken, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' of broken holds numbers"):
+        LanguageBase(model, name="broken").probed()

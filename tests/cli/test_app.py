@@ -120,3 +120,10 @@ def test_import_takes_under_half_a_second_and_brings_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_version_has_a_short_option(capsys) -> None:
+    from manylora import __version__
+
+    assert app.run(["-V"]) == 0
+    assert capsys.readouterr().out.strip() == f"manylora {__version__}"

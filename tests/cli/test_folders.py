@@ -81,4 +81,4 @@ def test_a_base_without_an_end_token_may_be_given_a_prompt(tiny_base_folder: Pat
     base = load_base(str(folder), dtype=torch.float32)
     assert base.eos_ids == ()
     assert prompt_tokens(base, "the dog", chat=False)
-    assert run(["generate", "--base", str(folder), "--prompt", "the dog", "--max-new-tokens", "3"]) == 0
+    assert run(["generate", "the dog", "--base", str(folder), "--max-new-tokens", "3"]) == 0

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from manylora.adapters.adapter import Adapter
 from manylora.adapters.bank import Bank
@@ -365,3 +366,15 @@ def test_a_named_adapter_of_peft_is_found_in_its_own_folder(tmp_path):
     with pytest.raises(AdapterBroken, match="french"):
         Adapter.load(tmp_path / "many")
     assert Adapter.load(tmp_path / "many" / "french").spec.rank == 8
+
+
+@pytest.mark.parametrize("lost", ["v_proj", "layers.1."])
+def test_an_adapter_that_lost_tensors_is_refused_on_its_base(lost, tmp_path):
+    module = make("llama")
+    made_by_peft(copy.deepcopy(module), {"target_modules": ["q_proj", "v_proj"]}, tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if lost not in name}
+    save_file(kept, path)
+    adapter = Adapter.load(tmp_path / "peft")
+    with Bank(frozen(module)) as bank, pytest.raises(AdapterBroken, match=r"holds no factors for 2 of them, the first"):
+        bank.put(adapter, slot=0)

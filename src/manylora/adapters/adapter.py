@@ -44,6 +44,9 @@ class Adapter:
     """What the task that it was trained for says of itself, {}: nothing."""
     task_type: str | None = None
     """PEFT's word for what the base computes, None: not said."""
+    targets: tuple[str, ...] | str | None = None
+    """By PEFT's rule, the modules of its base that a folder says to have factors for: endings of names, or one regular
+    expression for whole names. None: it does not say, or leaves some of them out again."""
 
     @classmethod
     def new(

@@ -111,6 +111,7 @@ def check_base(adapter: Adapter, base: FrozenModel) -> None:
 
     Raises:
         BaseMismatch: another fingerprint, or another embedding than the copy that PEFT put beside the factors.
+        AdapterBroken: its folder says that more sites of this base have factors than it holds.
     """
     if adapter.base_fingerprint is not None and adapter.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
@@ -118,6 +119,7 @@ def check_base(adapter: Adapter, base: FrozenModel) -> None:
             f"and this base is {base.name or 'unnamed'} ({base.fingerprint[:15]}...)",
             next_step="load the base that the adapter's receipt.json names",
         )
+    _check_targets(adapter, base)
     for name, said in adapter.receipt.get("frozen", {}).items():
         site, parameter = name.rsplit(".", 1)
         own = getattr(base.sites[site].module, parameter, None) if site in base.sites else None
@@ -126,6 +128,22 @@ def check_base(adapter: Adapter, base: FrozenModel) -> None:
                 f"the adapter brings a copy of its base's {name!r}, and this base has another",
                 next_step="load the base that the adapter was trained on, with the same vocabulary",
             )
+
+
+def _check_targets(adapter: Adapter, base: FrozenModel) -> None:
+    from manylora.adapters.peft.config import is_targeted, under_any
+
+    targets = adapter.targets
+    if targets is None:
+        return
+    wanted = [name for name, site in base.sites.items() if site.kind.maps and is_targeted(name, targets)]
+    lost = [name for name in wanted if name not in adapter.factors and not under_any(name, adapter.spec.full_sites)]
+    if lost:
+        raise AdapterBroken(
+            f"the adapter's target_modules mean {len(wanted)} sites of this base, and it holds no factors for "
+            f"{len(lost)} of them, the first is {lost[0]!r}",
+            next_step="fetch the adapter again; if they are left out on purpose, name the others in full there",
+        )
 
 
 def check_receipt(adapter: Adapter, base: FrozenModel) -> None:

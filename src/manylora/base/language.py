@@ -18,8 +18,8 @@ from manylora.base.findings import Findings
 from manylora.base.frozen import summed_by_row
 from manylora.base.probes import REFUSALS, RowRules, packed_inputs, probe_rows
 from manylora.base.tokenizer import template_digest, tokenizer_digest
-from manylora.base.transformers_base import TransformersBase, arguments
-from manylora.errors import BaseMismatch
+from manylora.base.transformers_base import TransformersBase, arguments, first_states
+from manylora.errors import BaseBroken, BaseMismatch
 from manylora.forwards import Level, standing_in
 from manylora.gathering import gathered
 from manylora.ops.dropout import mix
@@ -105,6 +105,7 @@ class LanguageBase(TransformersBase):
 
     def probe(self) -> Findings:
         """What short forwards find of the model; the fast parts that pass are left standing in it."""
+        self._refuse_broken()
         found = self._probe_head()
         rules, why = probe_rows(
             lambda rules, inputs: self.states(replace(found, rules=rules), inputs).double(),
@@ -200,6 +201,23 @@ class LanguageBase(TransformersBase):
         if self._padding is not None:
             tokens[tokens == self._padding] = (self._padding + 1) % self.vocabulary
         return tokens.to(self.device)
+
+    @torch.no_grad()
+    def _refuse_broken(self) -> None:
+        """Numbers that are not finite would make every later finding one about them.
+
+        Raises:
+            BaseBroken: names the weight that holds some.
+        """
+        states = first_states(self.model(**self._given(RowRules(), {"input_ids": self._draw(1, 8)})))
+        if bool(torch.isfinite(states).all()):
+            return
+        for name, weight in self.model.named_parameters():
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+                raise BaseBroken(
+                    f"{name!r} of {self.name or 'the base'} holds numbers that are not finite",
+                    next_step="fetch the base again, or look at what wrote it",
+                )
 
     @torch.no_grad()
     def _probe_head(self) -> Findings:

@@ -12,6 +12,7 @@ from manylora.base.fingerprint import folder_fingerprint, read_header, weight_fi
 from manylora.base.language import LanguageBase, stop_ids
 from manylora.base.packing.stored import Stored, stored_format
 from manylora.errors import BaseBroken, BaseNotFound, ConfigError, UserError, nearest_names
+from manylora.settings import dtype_of_name
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ def choose_dtype(dtype: str | torch.dtype, device: Any) -> tuple[Any, str]:
     """
     import torch
 
-    dtype = str(dtype).removeprefix("torch.")  # as people pass it in Python: torch.float32
+    dtype = dtype_of_name(str(dtype))
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}", nearest=nearest_names(dtype, DTYPES), allowed=", ".join(DTYPES))
     if dtype == "bfloat16" and device.type == "cpu":

@@ -44,7 +44,7 @@ def build() -> Any:
     app = typer.Typer(
         name="manylora",
         help="One frozen base, many adapters: train, evaluate and use low-rank adapters.",
-        add_completion=False,
+        add_completion=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -57,7 +57,7 @@ def build() -> Any:
 
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; also MANYLORA_DEBUG=1.")] = False,
 ) -> None:
     if version:

@@ -24,6 +24,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the draws; the same
 
 
 def generate(
+    text: Annotated[list[str] | None, typer.Argument(help="What is continued.", show_default=False)] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What is continued; may be repeated.")] = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="A file: .txt holds one prompt a line, others a column `prompt`.")
@@ -46,9 +47,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts."""
-    texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
+    texts = [*(text or ()), *(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
     if not texts:
-        raise UserError("no prompt is given", next_step="--prompt TEXT, or --prompts FILE")
+        raise UserError("no prompt is given", next_step="manylora generate TEXT, or --prompts FILE")
     folders = [adapter_folder(name) for name in adapter or ()]
     opened = open_base(
         base, folders, dtype=dtype, device=device, quantize=quantize, trust_remote_code=trust_remote_code
@@ -59,8 +60,7 @@ def generate(
         temperature=temperature, top_p=top_p, top_k=top_k,
     )  # fmt: skip
     results = [
-        {"prompt": text, "answers": dict(zip(chosen, row, strict=True))}
-        for text, row in zip(texts, answers, strict=True)
+        {"prompt": one, "answers": dict(zip(chosen, row, strict=True))} for one, row in zip(texts, answers, strict=True)
     ]
     output = Output(as_json)
     for result in results:

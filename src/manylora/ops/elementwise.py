@@ -210,7 +210,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def few(x: Tensor) -> bool:
-    """Whether it is one token a row, of few rows, and no gradient: the plain form then has fewer calls than a kernel."""
+    """Whether it is one token a row, of few rows, without a gradient: the plain form then has fewer calls."""
     return x.dim() > 2 and x.shape[-2] == 1 and x.numel() <= FEW and not torch.is_grad_enabled()
 
 

@@ -228,6 +228,23 @@ def spelled_out(config: Mapping[str, Any]) -> list[str]:
     return [name for name in targets if re.search(r"\.\d+\.", str(name)) and not under_any(name, saved)]
 
 
+def targets_of(config: Mapping[str, Any]) -> tuple[str, ...] | str | None:
+    """What `target_modules` says of any base; None where other settings leave some of it out again."""
+    targets = config.get("target_modules")
+    if config.get("exclude_modules") or config.get("layers_to_transform") is not None or targets == NO_TARGETS:
+        return None
+    if isinstance(targets, str):
+        return None if targets == "all-linear" else targets
+    return tuple(map(str, targets)) if isinstance(targets, list) else None
+
+
+def is_targeted(name: str, targets: tuple[str, ...] | str) -> bool:
+    """Whether PEFT takes a module of this name for one that is meant."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
 def master(value: Tensor) -> Tensor:
     """A contiguous CPU copy in float32, or wider where it was; whole numbers stay what they are."""
     dtype = torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else value.dtype

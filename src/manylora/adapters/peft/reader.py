@@ -25,6 +25,7 @@ from manylora.adapters.peft.config import (
     method_of,
     spec_of,
     spelled_out,
+    targets_of,
     under_any,
 )
 from manylora.adapters.receipt import check_scales, read_receipt, samples
@@ -83,6 +84,7 @@ def load_adapter(folder: Path) -> Adapter:
         tied=tied,
         record=receipt.get("task", {}),
         task_type=config.get("task_type"),
+        targets=targets_of(config),
     )
     _check_ranks(adapter, path)
     check_scales(receipt, adapter, str(folder / CONFIG_FILE))
