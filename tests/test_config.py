@@ -169,7 +169,7 @@ def test_a_section_without_lines_has_its_defaults(tmp_path):
         ("quantise", "nf4", ["unknown key 'quantise'", "nearest: quantize", "--keys"]),
         ("quantize", "nf5", ["quantize", "nearest: nf4"]),
         ("base.folder", "x", ["'base.folder'", "nearest: base"]),
-        ("dtype", "float8", ["dtype is 'bf16'", "nearest: bfloat16", "float32"]),
+        ("dtype", "bfloat", ["dtype is 'bfloat'", "nearest: bfloat16", "float32"]),
         ("device", "gpu", ["device is 'gpu'", "cuda:1"]),
         ("adapter.method", "lroa", ["adapter.method", "'lroa'", "nearest: lora"]),
         ("adapter.init", "gausian", ["adapter.init", "nearest: gaussian"]),
