@@ -30,10 +30,12 @@ from manylora.config_values import (
     Number,
     Whole,
     alone,
+    as_temperature,
     count_or_auto,
     device_name,
     dtype_name,
     fold_part,
+    folder_name,
     in_table,
     or_none,
     rate_or_auto,
@@ -249,7 +251,9 @@ class EvaluateConfig(Section):
         default=(), description="evaluate also once so many tokens are trained; rising"
     )
     max_new_tokens: Annotated[Whole, Field(ge=1)] = Field(default=128, description="length limit of a generated answer")
-    temperature: Annotated[Number, Field(ge=0)] = Field(default=0.0, description="sampling temperature; 0: greedy")
+    temperature: Annotated[float, BeforeValidator(as_temperature)] = Field(
+        default=0.0, description="sampling temperature; 0: greedy"
+    )
     samples: Annotated[Whole, Field(ge=0)] = Field(default=5, description="answers shown before and after")
     max_examples: Annotated[Whole, Field(ge=1)] | None = Field(
         default=None, description="evaluate at most so many examples"
@@ -329,7 +333,7 @@ class Config(Section):
         default=("tensorboard",),
         description="where curves go besides events.jsonl: tensorboard, wandb, mlflow, trackio",
     )
-    output: Path = Field(description="the run's folder; never reused silently")
+    output: Annotated[Path, BeforeValidator(folder_name)] = Field(description="the run's folder; never reused silently")
     sweep: SweepConfig | None = Field(default=None, description="a search over keys; manylora sweep runs it")
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
-from manylora.settings import dtype_of_name
+from manylora.settings import LEAST, dtype_of_name
 
 # Where the names that a key accepts are kept: (module, table). Imported only when such a key is checked.
 TABLES = MappingProxyType(
@@ -73,7 +73,24 @@ def rate_or_auto(value: Any) -> Any:
     rate = value if value == "auto" else number(value)
     if rate != "auto" and (not isinstance(rate, int | float) or rate <= 0):
         raise ValueError("above 0, or auto")
+    if rate != "auto" and rate < LEAST:
+        raise ValueError(f"at least {LEAST:g}, or auto")
     return rate
+
+
+def as_temperature(value: Any) -> Any:
+    """0, or a number by which logits can be divided."""
+    found = number(value)
+    if not isinstance(found, int | float) or (found != 0 and found < LEAST):
+        raise ValueError(f"0 (greedy), or at least {LEAST:g}")
+    return found
+
+
+def folder_name(value: Any) -> Any:
+    """A path that says something: an empty one would be the folder where one stands."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("the name of a folder")
+    return value
 
 
 def count_or_auto(value: Any) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 
 from manylora.errors import ConfigError
 
+LEAST = 1e-20
+"""Smaller positive rates and temperatures are mistakes that only the end of a run would show."""
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
 """What people type for a dtype."""
 

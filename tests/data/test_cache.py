@@ -106,7 +106,7 @@ def test_no_cache_reads_and_writes_nothing_that_stays(file, tokenizer, folder):
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("harm", ["cut", "no facts", "garbled facts", "garbled file"])
+@pytest.mark.parametrize("harm", ["cut", "no facts", "garbled facts", "a bit of the facts", "garbled file", "a bit"])
 def test_an_entry_that_is_not_whole_is_made_anew(file, tokenizer, folder, harm):
     first = load(file, tokenizer)
     arrow, facts = (next(folder.glob(f"*.{ending}")) for ending in ("arrow", "json"))
@@ -121,6 +121,11 @@ def test_an_entry_that_is_not_whole_is_made_anew(file, tokenizer, folder, harm):
         case "garbled facts":
             arrow.write_bytes(data)
             facts.write_text('{"format": 3')
+        case "a bit of the facts":
+            arrow.write_bytes(data)
+            facts.write_text(facts.read_text().replace("rows", "rowz", 1))
+        case "a bit":
+            arrow.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :])
         case "garbled file":
             arrow.write_bytes(bytes(len(data)))
     again = load(file, tokenizer)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from manylora.data.examples import Encoded
 from manylora.data.faults import Reason
 from manylora.data.store import Examples, Scratch
-from manylora.files import write_text_atomic
+from manylora.files import file_digest, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,28 +102,30 @@ def _held(made: Encoded, scratch: Scratch) -> Encoded:
 
 def _keep(root: Path, key: str, made: Encoded, scratch: Path) -> Encoded:
     file = scratch / f"{key}.arrow"
-    size = file.stat().st_size
+    digest = file_digest(file)
     # The mapping of the examples stays valid: a renamed file is the same file.
     file.replace(root / file.name)
     facts = {name: getattr(made, name) for name in ("format", "notes", "num_rows")}
-    facts |= {"skipped": [asdict(reason) for reason in made.skipped], "bytes": size}
-    write_text_atomic(root / f"{key}.json", json.dumps(facts) + "\n")
+    facts |= {"skipped": [asdict(reason) for reason in made.skipped], "sha256": digest}
+    text = json.dumps(facts)
+    write_text_atomic(root / f"{key}.json", f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
     scratch.rmdir()
     return made
 
 
 def _find(root: Path, key: str) -> Encoded | None:
-    """The entry of a key; None where there is none or it is not whole."""
+    """The entry of a key; None where there is none, or not every byte is as it was written."""
     import pyarrow as pa
 
     file = root / f"{key}.arrow"
     try:
-        facts = json.loads((root / f"{key}.json").read_text(encoding="utf-8"))
-        if file.stat().st_size != facts.pop("bytes"):
+        text, digest = (root / f"{key}.json").read_text(encoding="utf-8").splitlines()
+        facts = json.loads(text)
+        if hashlib.sha256(text.encode()).hexdigest() != digest or file_digest(file) != facts.pop("sha256"):
             return None
         skipped = [Reason(**reason) for reason in facts.pop("skipped")]
         found = Encoded(examples=Examples.open(file), skipped=skipped, **facts)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         return None
     return found
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manylora.errors import ConfigError
 from manylora.ops.dropout import mix
+from manylora.settings import LEAST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,8 +37,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature!r}", allowed="0 (greedy) or above")
+        if not math.isfinite(self.temperature) or self.temperature < 0 or 0 < self.temperature < LEAST:
+            allowed = f"0 (greedy), or at least {LEAST:g}"
+            raise ConfigError(f"temperature is {self.temperature!r}", allowed=allowed)
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k!r}", allowed="0 (all tokens) or above")
         if not 0.0 < self.top_p <= 1.0:

@@ -122,7 +122,8 @@ def is_run(path: Path) -> bool:
 
 def adapters_of(run: Path) -> dict[str, Path]:
     """The adapters that a run has saved, by member."""
-    folders = sorted((run / "adapters").glob("*/adapter_config.json"))
+    # What begins with a dot was half written when a process died.
+    folders = sorted((run / "adapters").glob("[!.]*/adapter_config.json"))
     return {file.parent.name: file.parent for file in folders}
 
 
