@@ -21,10 +21,9 @@ from manylora.gathering import gathered, is_gathered
 from manylora.methods.lora import Lora, used
 from manylora.ops.gain import Gain, gained, recovers, row_norms, row_squares
 from manylora.ops.low_rank import widened
+from manylora.ops.snapshot import Snapshot
 from manylora.spec import AdapterSpec
 from manylora.types import Factors, Site, SiteKind, Stack, Start, Use
-
-Versions = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class _Norms:
     squares: Tensor
     norms: Tensor
     recovers: bool
-    versions: Versions | None
+    tensors: Snapshot
 
 
 _norms: WeakKeyDictionary[Stack, _Norms] = WeakKeyDictionary()
@@ -108,9 +107,8 @@ def _bias_of(site: Site, dtype: torch.dtype) -> Tensor:
 def _norms_of(site: Site, stack: Stack) -> _Norms:
     """Those of a stack as its tensors are now, found once for every change of them: once a step."""
     held = [*stack.tensors.values(), *stack.anchors.values()]
-    versions = None if any(tensor.is_inference() for tensor in held) else tuple((id(t), t._version) for t in held)
     found = _norms.get(stack)
-    if found is not None and versions is not None and found.versions == versions:
+    if found is not None and found.tensors.holds(held):
         return found
     a, b = stack.tensors["a"], stack.tensors["b"]
     if stack.anchors:
@@ -120,7 +118,7 @@ def _norms_of(site: Site, stack: Stack) -> _Norms:
         squares = row_squares(weight) if found is None else found.squares
         scales = torch.tensor(stack.scales, dtype=torch.float64, device=weight.device)
         norms = row_norms(weight, squares, a, b, scales)
-    _norms[stack] = found = _Norms(squares, norms, recovers(stack.tensors["magnitude"], norms), versions)
+    _norms[stack] = found = _Norms(squares, norms, recovers(stack.tensors["magnitude"], norms), Snapshot(held))
     return found
 
 

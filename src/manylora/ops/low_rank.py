@@ -26,6 +26,7 @@ from manylora.gathering import gathered
 from manylora.ops.dropout import dropout_mask
 from manylora.ops.groups import Block, Grouping, grouping, index_of
 from manylora.ops.rounding import fake_quantised
+from manylora.ops.snapshot import Snapshot
 from manylora.types import Runs, Segment, Site, Stack, Use
 
 FEW_ITEMS = 16
@@ -200,7 +201,7 @@ class _Prepared:
 
     uses: Sequence[Use]
     dtype: torch.dtype
-    versions: tuple[tuple[int, int], ...]
+    factors: Snapshot
     joints: Sequence[tuple[_Joint, list[Tensor]]]
 
 
@@ -212,18 +213,15 @@ def _prepared(call: _Call, dtype: torch.dtype) -> Sequence[tuple[_Joint, list[Te
     """The joints of a call that wants no gradient, and their factors as they are used, cast once for every change."""
     uses = [use for _, own in call.sites for use in own]
     factors = [tensor for use in uses for tensor in _held(use)]
-    if any(tensor.is_inference() for tensor in factors):
-        return [(joint, _cast(joint, dtype)) for joint in _joints(call.sites, factors)]
-    versions = tuple((id(tensor), tensor._version) for tensor in factors)
     found = _prepared_of.get(uses[0].stack)
     if (
         found is None
         or found.dtype != dtype
-        or found.versions != versions
         or [id(use) for use in found.uses] != [id(use) for use in uses]
+        or not found.factors.holds(factors)
     ):
         joints = [(joint, _cast(joint, dtype)) for joint in _joints(call.sites, factors)]
-        found = _prepared_of[uses[0].stack] = _Prepared(uses, dtype, versions, joints)
+        found = _prepared_of[uses[0].stack] = _Prepared(uses, dtype, Snapshot(factors), joints)
     return found.joints
 
 

@@ -258,6 +258,8 @@ class StackedOptimizer:
                 torch._foreach_mul_(group.values, share)  # pyright: ignore[reportPrivateImportUsage]
             settings = replace(settings, optimizer=replace(shared, weight_decay=0.0))
         self.rule.update(group.values, group.grads, group.state, settings)
+        # torch's fused kernels write past the count by which others see that what they derived holds no more.
+        torch.autograd.graph.increment_version(group.values)
 
     def _by_place(self, stacked: Tensor) -> tuple[Tensor, ...]:
         """The places of a tensor that outlives the step, each as (1, ...), as views that are made once.
