@@ -134,7 +134,7 @@ def test_a_new_adapter_changes_nothing_and_dropout_is_the_rows_own(name: str) ->
             assert not torch.allclose(base.model(x[3:]), together[3:])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("pictures", marks=pytest.mark.slow), "sounds"])
 def test_gradients_agree_with_finite_differences(name: str) -> None:
     base = made(name)
     with Bank(base, num_slots=2, dtype=torch.float64) as bank:

@@ -237,6 +237,7 @@ def test_what_cannot_be_read_is_refused_by_name(init: str, base) -> None:
         read_inputs(wide, epochs, reader, {"spare": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", READS)
 def test_a_plan_says_what_it_leaves_out(init: str, tmp_path) -> None:
     found = planned(config_of(tmp_path, **{"adapter.init": init}))

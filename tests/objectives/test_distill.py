@@ -99,6 +99,7 @@ def config(tmp_path, **changes):
     return load_config(values, changes)
 
 
+@pytest.mark.slow
 def test_a_student_follows_a_teacher_in_another_slot(tmp_path) -> None:
     manylora.train(config(tmp_path, **{"train.steps": 30, "output": str(tmp_path / "teacher")}))
     folder = tmp_path / "teacher" / "adapters" / "main"
