@@ -96,8 +96,15 @@ def alone(
     return _ALONE[name, dtype]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("budget_tokens", [None, 96])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "budget_tokens"),
+    [
+        (torch.float64, 1e-9, 96),
+        (torch.float32, 1e-4, None),
+        pytest.param(torch.float64, 1e-9, None, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 1e-4, 96, marks=pytest.mark.slow),
+    ],
+)
 def test_every_member_equals_itself_alone_over_a_hundred_steps(dtype, tolerance, budget_tokens, make_examples) -> None:
     """Mixed ranks, dropout, lengths, rates, objectives; one goes NaN and its slot is given to one that comes late."""
     spoil = spoilt("broken", float("nan"))

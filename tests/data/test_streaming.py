@@ -73,6 +73,7 @@ def test_memory_stays_flat_while_a_file_is_encoded(file, tmp_path):
     assert measured(file, tmp_path, hoard=False) < ALLOWED
 
 
+@pytest.mark.slow
 def test_rows_that_are_kept_would_be_seen(file, tmp_path):
     assert measured(file, tmp_path, hoard=True) > 2 * ALLOWED
 

@@ -174,6 +174,7 @@ def test_a_packed_base_is_planned_by_the_bytes_of_its_codes(planned, folder):
     assert packed.categories["weights"] < 0.6 * dense.categories["weights"]
 
 
+@pytest.mark.slow
 def test_what_is_proposed_fits(tmp_path, device):
     config = config_of(tmp_path, **{"train.row_tokens": 512, "train.rows_per_step": 8})
     planner = Planner(config, device)
